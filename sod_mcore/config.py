@@ -205,7 +205,7 @@ class ToolsConfig:
     workers: Positive = 8
     """Calls executed at the same time."""
     run_code_without_isolation: bool = False
-    """Run model-written programs as plain subprocesses. Dangerous; only inside a throw-away machine."""
+    """Run model-written programs as plain subprocesses. Only for a throw-away machine."""
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
