@@ -1,0 +1,37 @@
+# The two commands of the README (demo, test) and what they are made of.
+#
+#   PYTHON       interpreter for the environments; default: python3.11, else python3
+#   TORCH_INDEX  package index that torch alone comes from; empty: whatever pip is configured with
+
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
+TORCH_INDEX ?=
+export PYTHON TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test test-long docs clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv and .venv-sglang, install everything
+	scripts/setup_trainer.sh
+	scripts/setup_sglang.sh
+
+setup-dev: setup ## the same, with the test and check tools
+	scripts/setup_trainer.sh --dev
+
+demo: setup ## set up, then run the arithmetic example from data to evaluation
+	.venv/bin/python examples/arithmetic/run.py
+
+test: setup-dev ## set up, then lint, types and tests
+	scripts/check.sh
+
+test-long: setup-dev ## set up, then the tests marked long
+	CI=true .venv/bin/python -m pytest -m long
+
+docs: setup-dev ## regenerate docs/config_reference.yaml
+	.venv/bin/python -m sod_mcore.config_help > docs/.config_reference.yaml.tmp
+	mv docs/.config_reference.yaml.tmp docs/config_reference.yaml
+
+clean: ## remove both environments and build products
+	rm -rf .venv .venv-sglang build *.egg-info
