@@ -1,0 +1,134 @@
+"""The first program of a sandboxed interpreter: wait for one program, bound it, run it.
+
+It is not imported by the package: `interpreter.py` passes its text to `python3 -I -S -c` inside the
+sandbox, with the settings as one JSON argument. It writes "R" to standard output once the
+interpreter is warm, reads one JSON request from standard input up to its end, writes "S", and
+becomes that program. Whatever comes after the "S" was written by the program and proves nothing.
+
+Source code of unknown origin is parsed here and never outside: CPython's parser can be crashed by
+hostile source.
+
+Only the standard library, and nothing newer than Python 3.10: the sandbox may hold another version
+than ours. The last lines of the file call `main`, since it is never imported.
+"""
+
+import ast
+import importlib
+import io
+import json
+import linecache
+import math
+import os
+import resource
+import sys
+import time
+import traceback
+import types
+from typing import Any
+
+PROGRAM_NAME = "<code>"
+
+
+def apply_limits(limits: dict[str, int]) -> None:
+    """Lower the hard limits of this process, which its children inherit, for good."""
+    warm_up_seconds = math.ceil(time.process_time())
+    values = {
+        resource.RLIMIT_CPU: limits["cpu_seconds"] + warm_up_seconds,
+        resource.RLIMIT_AS: limits["memory_bytes"],
+        resource.RLIMIT_NPROC: limits["processes"],
+        resource.RLIMIT_FSIZE: limits["file_bytes"],
+        resource.RLIMIT_NOFILE: limits["open_files"],
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 65536,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    for name, value in values.items():
+        hard = resource.getrlimit(name)[1]
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        resource.setrlimit(name, (value, value))
+
+
+def replace_standard_input(text: str) -> None:
+    """Give the program its own standard input: empty, or an unlinked file with `text`."""
+    if text:
+        path = "stdin"
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.unlink(path)
+    else:
+        descriptor = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(descriptor, 0)
+    os.close(descriptor)
+    sys.stdin = os.fdopen(0, encoding="utf-8", errors="replace", closefd=False)
+
+
+def install_traceback(message_only: bool) -> None:
+    """Print uncaught exceptions as if the program had been started by itself."""
+
+    def print_exception(
+        kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+    ) -> None:
+        while trace is not None and trace.tb_frame.f_code.co_filename != PROGRAM_NAME:
+            trace = trace.tb_next
+        if message_only:
+            lines = traceback.format_exception_only(kind, error)
+            sys.stderr.write(next(line for line in lines if not line[:1].isspace()))
+        else:
+            # Not sys.__excepthook__: it would look for the source lines in a file.
+            traceback.print_exception(kind, error, trace)
+
+    sys.excepthook = print_exception
+
+
+def show(value: object) -> None:
+    """What becomes of the last expression's value: printed, unless there is none."""
+    if value is not None:
+        print(value)
+
+
+def run(request: dict[str, Any]) -> None:
+    """Run the program as `__main__`. Its last expression is shown if the request says so."""
+    code = request["code"]
+    lines = [line + "\n" for line in code.split("\n")]
+    # No modification time: the entry is then never checked against a file.
+    linecache.cache[PROGRAM_NAME] = (len(code), None, lines, PROGRAM_NAME)
+    tree = ast.parse(code, PROGRAM_NAME)
+    last = None
+    if request["print_last_expression"] and tree.body and isinstance(tree.body[-1], ast.Expr):
+        shown = ast.Interactive(body=[tree.body.pop()])
+        last = compile(shown, PROGRAM_NAME, "single")
+        sys.displayhook = show
+    program = compile(tree, PROGRAM_NAME, "exec")
+    main_module = types.ModuleType("__main__")
+    sys.modules["__main__"] = main_module
+    sys.argv = [PROGRAM_NAME]
+    exec(program, main_module.__dict__)
+    if last is not None:
+        exec(last, main_module.__dict__)
+
+
+def main() -> None:
+    """Warm up, wait, run."""
+    settings = json.loads(sys.argv[1])
+    sys.path.extend(settings["package_paths"])
+    for module in settings["preloaded_modules"]:
+        importlib.import_module(module)
+    os.write(1, b"R")
+    payload = sys.stdin.buffer.read()
+    if not payload:
+        os._exit(0)  # closed unused
+    request = json.loads(payload)
+    replace_standard_input(request["stdin"])
+    apply_limits(settings["limits"])
+    install_traceback(request["short_traceback"])
+    # Line buffering, so that what a program printed before it was killed is not lost.
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    os.write(1, b"S")
+    run(request)
+
+
+main()
