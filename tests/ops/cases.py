@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ CASES = [
 ]
 
 
-def make_inputs(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+def make_inputs(case: Case) -> tuple[Tensor, dict[str, Any]]:
     """``logits [N, padded]`` with garbage as padding, and the arguments of the loss by name."""
     generator = torch.Generator().manual_seed(case.seed)
     n, vocab, k = case.num_rows, case.vocab_size, case.top_k
