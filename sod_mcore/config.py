@@ -190,8 +190,8 @@ class ToolsConfig:
     """Whether tool calls are executed; if not, the model is told that the tool is unavailable."""
     max_output_characters: Positive = 256
     """Longest tool output shown to the model."""
-    truncation: Literal["middle", "left", "right"] = "middle"
-    """Which part of a longer output is cut out."""
+    truncation: Literal["middle", "left", "right", "last_line"] = "middle"
+    """What is kept of a longer output: both ends, the beginning, the end, or the last line."""
     traceback: Literal["full", "last_line"] = "full"
     """How much of a traceback is shown."""
     wall_seconds: Seconds = 10.0
@@ -257,6 +257,9 @@ class EngineConfig:
     """Requests decoded at the same time; null lets the engine choose."""
     threads: Positive = 1
     """CPU threads of an engine without a GPU."""
+    gpus: tuple[NonNegative, ...] = ()
+    """CUDA indices of the GPUs of this model's engines, shared evenly in order; an engine's share is
+    its tensor-parallel size. Empty leaves each engine one GPU of SGLang's choice."""
     extra_args: tuple[str, ...] = ()
     """Further command-line arguments of sglang.launch_server, as they stand."""
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sod_mcore.files import atomic_file
 
 FORMAT_VERSION = 1
 
@@ -113,8 +114,8 @@ class Trajectory:
 
     @property
     def is_scored(self) -> bool:
-        """Whether the teacher's log-prob of every sampled token is known and finite."""
-        return bool(np.isfinite(self.teacher_logprobs[self.loss_mask]).all())
+        """Whether the teacher's log-prob of every sampled token is known (it may be -inf)."""
+        return not np.isnan(self.teacher_logprobs[self.loss_mask]).any()
 
     @property
     def num_turns(self) -> int:
@@ -160,13 +161,8 @@ class RecordedBatch:
             "trajectories": [_scalars(t) for t in self.trajectories],
         }
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
+        with atomic_file(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> RecordedBatch:
@@ -229,6 +225,7 @@ def _scalars(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def _from_scalars(scalars: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Trajectory:
-    scalars["tool_succeeded"] = tuple(scalars["tool_succeeded"])
-    scalars["messages"] = tuple(scalars["messages"])
-    return Trajectory(**arrays, **scalars)
+    fields: dict[str, Any] = {**arrays, **scalars}
+    fields["tool_succeeded"] = tuple(fields["tool_succeeded"])
+    fields["messages"] = tuple(fields["messages"])
+    return Trajectory(**fields)

@@ -1,0 +1,75 @@
+"""Evaluate a Hugging Face folder on the running engines, with the rollouts of training.
+
+    python scripts/evaluate.py CONFIG --weights FOLDER --output FILE [key=value ...]
+
+The weights are loaded into the student's engines first and stay there. Settings are those of
+``pretrain_sod.py``; ``tools.enabled=false`` shows what the student solves without its tool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from sod_mcore.config import ConfigError, SodConfig, fail, load_config
+from sod_mcore.data.prompts import read_prompts
+from sod_mcore.evaluation.evaluate import evaluate
+from sod_mcore.files import write_text
+from sod_mcore.loop.preflight import live_endpoints
+from sod_mcore.loop.session import pool_settings
+from sod_mcore.rollout.pool import RolloutPool
+from sod_mcore.serving.weights import update_from_disk
+
+VERSION = 1_000_000
+"""Marks weights that no training step made; a run publishes its own version when it starts."""
+
+
+def main() -> None:
+    """Read the command line, evaluate, print, and write the metrics as JSON."""
+    options = _read_options()
+    try:
+        config = load_config(SodConfig, options.config, options.overrides)
+        metrics = evaluate_folder(config, options.weights)
+    except ConfigError as error:
+        fail(str(error))
+    write_text(options.output, json.dumps(metrics, indent=2) + "\n")
+    for name, value in metrics.items():
+        print(f"{name}: {value:.4f}")
+
+
+def evaluate_folder(config: SodConfig, weights: Path) -> dict[str, float]:
+    """Metrics of the model in ``weights`` on ``evaluation.data``.
+
+    Raises:
+        ConfigError: there is nothing to evaluate, or no engine answers.
+    """
+    if config.evaluation.data is None or config.serving is None:
+        raise ConfigError("evaluation.data and serving must be set to evaluate")
+    endpoints = live_endpoints(config)
+    timeout = config.serving.request_timeout_seconds
+    update_from_disk(endpoints, "student", weights, VERSION, timeout)
+    prompts = read_prompts(Path(config.evaluation.data))
+    with RolloutPool(pool_settings(config)) as pool:
+        results = evaluate(
+            pool,
+            prompts,
+            config.evaluation,
+            config.rollout,
+            tools_enabled=config.tools.enabled,
+        )
+    return {name: value for result in results for name, value in result.metrics().items()}
+
+
+def _read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("--weights", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Average accuracy on a prompt set, by temperature, through the rollout pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sod_mcore.config import EvaluationConfig, RolloutConfig
+from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest
+from sod_mcore.rollout.episode import Sampling
+from sod_mcore.rollout.pool import RolloutPool, check_losses
+from sod_mcore.trajectory import Prompt, Trajectory
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Results at one temperature.
+
+    Attributes:
+        temperature: 0 is greedy.
+        accuracy: share of right trajectories (average@n for n samples a prompt).
+        accuracy_by_source: the same for each data source.
+        failed_call_share: share of trajectories with at least one failed tool call.
+        tool_calls: mean tool calls a trajectory.
+        num_trajectories: trajectories behind these numbers.
+        num_dropped: trajectories lost to infrastructure.
+    """
+
+    temperature: float
+    accuracy: float
+    accuracy_by_source: dict[str, float]
+    failed_call_share: float
+    tool_calls: float
+    num_trajectories: int
+    num_dropped: int
+
+    def metrics(self) -> dict[str, float]:
+        """Flat metrics, named after the temperature."""
+        prefix = f"evaluation/temperature_{self.temperature:g}"
+        return {
+            f"{prefix}/accuracy": self.accuracy,
+            f"{prefix}/failed_call_share": self.failed_call_share,
+            f"{prefix}/tool_calls": self.tool_calls,
+            f"{prefix}/num_trajectories": float(self.num_trajectories),
+            **{
+                f"{prefix}/accuracy/{source}": accuracy
+                for source, accuracy in self.accuracy_by_source.items()
+            },
+        }
+
+
+def evaluate(
+    pool: RolloutPool,
+    prompts: Sequence[Prompt],
+    evaluation: EvaluationConfig,
+    rollout: RolloutConfig,
+    *,
+    tools_enabled: bool = True,
+    on_progress: Callable[[RolloutProgress], None] | None = None,
+) -> list[EvaluationResult]:
+    """Sample and check every prompt at every configured temperature.
+
+    Greedy decoding takes one sample a prompt, whatever ``evaluation.samples`` says.
+    """
+    results = []
+    for temperature in evaluation.temperatures:
+        request = RolloutRequest(
+            prompts=tuple(prompts),
+            samples_per_prompt=evaluation.samples if temperature > 0 else 1,
+            sampling=Sampling(temperature, evaluation.top_p),
+            with_teacher=False,
+            tools_enabled=tools_enabled,
+        )
+        pool.submit(request)
+        batch = pool.collect(rollout.deadline_seconds, on_progress)
+        check_losses(batch, request, rollout)
+        results.append(summarise(batch.trajectories, temperature, batch.num_dropped))
+    return results
+
+
+def summarise(
+    trajectories: Sequence[Trajectory], temperature: float, num_dropped: int
+) -> EvaluationResult:
+    """Accuracy and tool use of finished trajectories."""
+    sources = sorted({t.data_source for t in trajectories})
+    return EvaluationResult(
+        temperature=temperature,
+        accuracy=_mean([t.is_correct for t in trajectories]),
+        accuracy_by_source={
+            source: _mean([t.is_correct for t in trajectories if t.data_source == source])
+            for source in sources
+        },
+        failed_call_share=_mean([not all(t.tool_succeeded) for t in trajectories]),
+        tool_calls=_mean([len(t.tool_succeeded) for t in trajectories]),
+        num_trajectories=len(trajectories),
+        num_dropped=num_dropped,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,314 @@
+"""Everything a run holds, opened in the right order and closed in the reverse one.
+
+The rollout pool starts before torch.distributed (it is no rank), the engines are reached before the
+model is built, and whatever was opened is closed when the loop ends, however it ends. Methods are
+collective unless they say otherwise: every rank calls them, rank 0 does the talking.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sod_mcore.algorithm.signals import BatchSignals
+from sod_mcore.config import SodConfig
+from sod_mcore.data.plan import Plan
+from sod_mcore.data.prompts import PromptSource, read_prompts
+from sod_mcore.evaluation.evaluate import evaluate
+from sod_mcore.loop.rank_zero import on_rank_zero
+from sod_mcore.loop.reporting import Reporter
+from sod_mcore.loop.stop import StopRequest
+from sod_mcore.loop.training_examples import first_epoch, indices_in_order, scoring_examples
+from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource, TrajectorySource
+from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
+from sod_mcore.rollout.pool import PoolSettings, RolloutInterruptedError, RolloutPool
+from sod_mcore.serving.fleet import Endpoints, read_endpoints
+from sod_mcore.student.model_config import check_layout
+from sod_mcore.student.parallel_state import distributed
+from sod_mcore.student.student import Student, UpdateResult
+from sod_mcore.trajectory import Prompt, RecordedBatch
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+COLLECTIVE_MARGIN_SECONDS = 300.0
+"""Beyond the rollout's deadline, so that the deadline's own message is what the user sees."""
+
+
+class Session:
+    """One rank's view of a run."""
+
+    def __init__(
+        self,
+        config: SodConfig,
+        student: Student,
+        first_step: int,
+        source: TrajectorySource | None,
+        pool: RolloutPool | None,
+        weights: WeightSync | None,
+        evaluation_prompts: Sequence[Prompt],
+        reporter: Reporter | None,
+        stop: StopRequest,
+    ) -> None:
+        self.config = config
+        self.student = student
+        self.first_step = first_step
+        self._source = source
+        self._pool = pool
+        self._weights = weights
+        self._evaluation_prompts = tuple(evaluation_prompts)
+        self._reporter = reporter
+        self._stop = stop
+        self._completed_steps = first_step
+        self._saved_steps = first_step
+
+    def on_rank_zero(self, work: Callable[[], Result]) -> Result:
+        """Do ``work`` on global rank 0; its result, or its failure, reaches every rank."""
+        return on_rank_zero(work, self.student.layout.world_group)
+
+    def begin(self) -> None:
+        """Give the engines the weights to start from; evaluate them if they are the first."""
+        self.publish_weights(self.first_step)
+        if self.first_step == 0:
+            self.evaluate(0)
+            if self._reporter is not None:
+                self._reporter.end_line(0)
+
+    def collect_trajectories(self, step: int) -> RecordedBatch | None:
+        """The scored trajectories of a step, from the pool or from a recorded batch.
+
+        None if the run was asked to stop meanwhile: the unfinished batch is given up.
+        """
+
+        def collect() -> RecordedBatch | None:
+            assert self._source is not None
+            try:
+                return self._source.batch(step, weight_version=step)
+            except RolloutInterruptedError:
+                return None
+
+        with self._timed("rollout"):
+            return self.on_rank_zero(collect)
+
+    def old_logprobs(self, batch: RecordedBatch, plan: Plan) -> list[NDArray[np.float32]]:
+        """The student's log-probs at the start of the step; meaningful on rank 0 only.
+
+        Float32 ``[T]`` for each trajectory, NaN outside the mask: recomputed by the trainer over
+        the packs of the first epoch, or the rollout engine's own (``algorithm.old_logprobs``).
+        """
+        if self.config.algorithm.old_logprobs == "rollout":
+            return [t.rollout_logprobs for t in batch.trajectories]
+        with self._timed("old_logprobs"):
+            values: list[NDArray[np.float32]] = [
+                np.full(len(t), np.nan, np.float32) for t in batch.trajectories
+            ]
+            for mini_batch in first_epoch(plan, self.config.algorithm.epochs):
+                examples = scoring_examples(
+                    batch.trajectories, mini_batch, self.student.layout.data_parallel_rank
+                )
+                computed = self.student.compute_logprobs(examples)
+                if computed is not None:
+                    indices = indices_in_order(mini_batch)
+                    for index, logprobs in zip(indices, computed, strict=True):
+                        values[index] = logprobs
+            return values
+
+    def publish_weights(self, version: int) -> None:
+        """Send the current weights to the student's engines; nothing to do when replaying."""
+        if self._weights is None:
+            return
+        with self._timed("weight_sync"):
+            difference = self._weights.publish(version)
+        self._note({"weights/probe_difference": difference})
+
+    def evaluate(self, step: int) -> None:
+        """Solve the evaluation problems with the published weights; nothing when replaying.
+
+        All prompts before the first and after the last step, ``evaluation.max_prompts`` between.
+        """
+        if self._weights is None or self.config.evaluation.data is None:
+            return
+
+        def work() -> dict[str, float]:
+            assert self._pool is not None
+            is_between = 0 < step < self.config.run.steps
+            count = self.config.evaluation.max_prompts if is_between else None
+            results = evaluate(
+                self._pool,
+                self._evaluation_prompts[:count],
+                self.config.evaluation,
+                self.config.rollout,
+                tools_enabled=self.config.tools.enabled,
+            )
+            return {name: value for r in results for name, value in r.metrics().items()}
+
+        with self._timed("evaluation"):
+            metrics = self.on_rank_zero(work)
+        if self._reporter is not None:
+            self._reporter.evaluation(metrics)
+
+    def report(
+        self,
+        step: int,
+        batch: RecordedBatch,
+        signals: BatchSignals,
+        updates: Sequence[UpdateResult],
+    ) -> None:
+        """Write the step's metrics and table (rank 0)."""
+        if self._reporter is not None:
+            self._reporter.step(step, batch, signals, updates)
+
+    def end_step(self, completed_steps: int) -> bool:
+        """Evaluate and save where due; returns whether the run was asked to stop."""
+        self._completed_steps = completed_steps
+        config, is_last = self.config, completed_steps == self.config.run.steps
+        should_stop = self.on_rank_zero(lambda: self._stop.reason is not None)
+        if not should_stop and (is_last or _is_multiple(completed_steps, config.evaluation.every)):
+            self.evaluate(completed_steps)
+        if not should_stop and _is_multiple(completed_steps, config.run.save_every):
+            self.save_checkpoint()
+        if self._reporter is not None:
+            self._reporter.end_line(completed_steps)
+        return should_stop
+
+    def finish(self) -> None:
+        """Save what has not been saved, and say how the run ended."""
+        if self._saved_steps != self._completed_steps:
+            self.save_checkpoint()
+        if self._reporter is not None:
+            self._reporter.end(self._completed_steps, self.config.run.steps, self._stop.reason)
+
+    def save_checkpoint(self) -> None:
+        """Write everything that the next start needs to go on."""
+        directory = Path(self.config.run.directory) / "checkpoints"
+        with self._timed("checkpoint"):
+            self.student.save_checkpoint(
+                directory,
+                self._completed_steps,
+                {"step": self._completed_steps},
+                keep=self.config.run.keep_checkpoints,
+            )
+        self._saved_steps = self._completed_steps
+
+    def progress_bar(self, items: Sequence[Item], label: str) -> Iterable[Item]:
+        """``items``, with a progress bar on rank 0; time is booked under ``label``."""
+        with self._timed(label):
+            yield from self._reporter.progress(items, label) if self._reporter else items
+
+    def _note(self, metrics: dict[str, float]) -> None:
+        if self._reporter is not None:
+            self._reporter.note(metrics)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        if self._reporter is None:
+            yield
+        else:
+            with self._reporter.timed(phase):
+                yield
+
+
+def open_session(config: SodConfig, stack: ExitStack) -> Session:
+    """Start the pool, torch.distributed and the student; ``stack`` closes them."""
+    directory = Path(config.run.directory)
+    stop = StopRequest(Path(config.run.stop_file or directory / "stop"))
+    is_rank_zero = os.environ.get("RANK", "0") == "0"
+    is_live = config.run.replay is None
+    endpoints = read_endpoints(directory) if is_live and is_rank_zero else None
+    pool = stack.enter_context(RolloutPool(pool_settings(config))) if endpoints else None
+    deadline = timedelta(seconds=config.rollout.deadline_seconds + COLLECTIVE_MARGIN_SECONDS)
+    sizes = check_layout(config.student, int(os.environ["WORLD_SIZE"]))
+    stack.enter_context(distributed(sizes, seed=config.run.seed, timeout=deadline))
+    student, first_step = _open_student(config)
+    reporter = None
+    if is_rank_zero:
+        reporter = stack.enter_context(Reporter.open(config, first_step))
+    return Session(
+        config,
+        student,
+        first_step,
+        _open_source(config, pool, reporter, stop) if is_rank_zero else None,
+        pool,
+        _open_weight_sync(config, student, endpoints) if is_live else None,
+        _evaluation_prompts(config) if is_live and is_rank_zero else (),
+        reporter,
+        stop,
+    )
+
+
+def pool_settings(config: SodConfig) -> PoolSettings:
+    """What the pool process is told at its start."""
+    assert config.serving is not None
+    return PoolSettings(
+        run_directory=Path(config.run.directory),
+        student_path=Path(config.student.model_path),
+        serving=config.serving,
+        rollout=config.rollout,
+        tools=config.tools,
+        reward=config.reward,
+        chat=config.chat,
+        teacher_top_k=config.algorithm.topk.k,
+    )
+
+
+def _open_student(config: SodConfig) -> tuple[Student, int]:
+    updates_per_step = (
+        config.algorithm.prompts_per_step
+        // config.algorithm.prompts_per_mini_batch
+        * config.algorithm.epochs
+    )
+    student = Student.build(
+        config.student,
+        config.optimizer,
+        config.ddp,
+        total_updates=config.run.steps * updates_per_step,
+        seed=config.run.seed,
+    )
+    if config.run.resume == "auto":
+        progress = student.load_checkpoint(Path(config.run.directory) / "checkpoints")
+        if progress is not None:
+            return student, int(progress["step"])
+    student.load_hf(Path(config.student.model_path))
+    return student, 0
+
+
+def _open_source(
+    config: SodConfig, pool: RolloutPool | None, reporter: Reporter | None, stop: StopRequest
+) -> TrajectorySource:
+    if config.run.replay is not None:
+        return ReplaySource(Path(config.run.replay))
+    assert pool is not None
+    prompts = PromptSource(read_prompts(Path(config.data.train)), config.run.seed)
+    on_progress = reporter.rollout_progress if reporter is not None else None
+    return LiveSource(pool, prompts, config, stop, on_progress)
+
+
+def _open_weight_sync(
+    config: SodConfig, student: Student, endpoints: Endpoints | None
+) -> WeightSync:
+    assert config.serving is not None
+    return WeightSync(
+        student=student,
+        endpoints=endpoints,
+        serving=config.serving,
+        directory=Path(config.run.directory) / "weights",
+        probe_ids=probe_token_ids(student.vocab_size, config.run.seed),
+        group=student.layout.world_group,
+    )
+
+
+def _evaluation_prompts(config: SodConfig) -> list[Prompt]:
+    if config.evaluation.data is None:
+        return []
+    return read_prompts(Path(config.evaluation.data))
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

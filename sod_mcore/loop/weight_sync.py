@@ -1,0 +1,98 @@
+"""Brings the student's weights to its engines after every step, and proves that they arrived.
+
+The weights are written as a Hugging Face folder, the engines load it, report the version, and score
+a fixed probe; the trainer scores the same probe. A difference means that the rollouts would come
+from another model than the one that is trained, so the run stops.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from sod_mcore.config import ServingConfig
+from sod_mcore.loop.rank_zero import on_rank_zero
+from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.weights import probe_logprobs, update_from_disk
+from sod_mcore.student.examples import TrainingExample
+from sod_mcore.student.student import Student
+
+PROBE_TOKENS = 64
+KEPT_VERSIONS = 2
+
+
+class WeightMismatchError(RuntimeError):
+    """Trainer and engine disagree about the log-probs of the probe."""
+
+
+@dataclass(frozen=True)
+class WeightSync:
+    """Publishes weight versions; every rank takes part, only rank 0 talks to the engines.
+
+    Attributes:
+        endpoints: the fleet; None on ranks other than 0.
+        directory: holds the newest versions as Hugging Face folders.
+        probe_ids: int32 ``[n]``, the token ids that engine and trainer both score.
+    """
+
+    student: Student
+    endpoints: Endpoints | None
+    serving: ServingConfig
+    directory: Path
+    probe_ids: NDArray[np.int32]
+    group: dist.ProcessGroup
+
+    def publish(self, version: int) -> float:
+        """Send the current weights as ``version``.
+
+        Returns:
+            the largest difference between trainer's and engines' log-probs of the probe, nats.
+
+        Raises:
+            WeightMismatchError: that difference exceeds ``serving.probe_tolerance``.
+        """
+        folder = self.directory / f"version_{version:06d}"
+        self.student.export_hf(folder)
+        ours = self._trainer_logprobs()
+        return on_rank_zero(lambda: self._update_engines(folder, version, ours), self.group)
+
+    def _trainer_logprobs(self) -> NDArray[np.float32] | None:
+        mask = np.ones(len(self.probe_ids), np.bool_)
+        mask[0] = False
+        micro_batch = [TrainingExample(self.probe_ids, mask)]
+        is_first_replica = self.student.layout.data_parallel_rank == 0
+        values = self.student.compute_logprobs([micro_batch if is_first_replica else []])
+        return values[0] if values is not None else None
+
+    def _update_engines(
+        self, folder: Path, version: int, ours: NDArray[np.float32] | None
+    ) -> float:
+        assert self.endpoints is not None
+        assert ours is not None
+        timeout = self.serving.request_timeout_seconds
+        update_from_disk(self.endpoints, "student", folder, version, timeout)
+        theirs = probe_logprobs(self.endpoints, "student", self.probe_ids, timeout)
+        difference = max(float(np.abs(engine[1:] - ours[1:]).max()) for engine in theirs)
+        if not difference <= self.serving.probe_tolerance:
+            raise WeightMismatchError(
+                f"after weight version {version} the student's engine and the trainer differ by "
+                f"{difference:.3g} nats on the probe; serving.probe_tolerance is "
+                f"{self.serving.probe_tolerance:g} (bf16 needs about 0.1)"
+            )
+        self._delete_old_versions()
+        return difference
+
+    def _delete_old_versions(self) -> None:
+        for old in sorted(self.directory.glob("version_*"))[:-KEPT_VERSIONS]:
+            shutil.rmtree(old)
+
+
+def probe_token_ids(vocab_size: int, seed: int = 0) -> NDArray[np.int32]:
+    """A fixed sequence of ordinary-looking ids that both sides score; int32 ``[PROBE_TOKENS]``."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, vocab_size, PROBE_TOKENS).astype(np.int32)

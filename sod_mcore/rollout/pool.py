@@ -1,0 +1,227 @@
+"""The rollout pool as the trainer sees it: submit a batch, collect it, pause, resume, close.
+
+The pool is a process of its own (``rollout/worker.py``), so that parsing megabytes of JSON never
+holds up the trainer, and so that Ray actors can take its place without a change here. It is started
+before ``torch.distributed`` and talks over one pipe. It ends by itself when the trainer does: the
+pipe's other end closes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from pathlib import Path
+from types import TracebackType
+
+from sod_mcore.config import ChatConfig, RewardConfig, RolloutConfig, ServingConfig, ToolsConfig
+from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
+
+START_TIMEOUT_SECONDS = 180.0
+CLOSE_TIMEOUT_SECONDS = 10.0
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """All that the pool process needs to know; sent to it once at start."""
+
+    run_directory: Path
+    student_path: Path
+    serving: ServingConfig
+    rollout: RolloutConfig
+    tools: ToolsConfig
+    reward: RewardConfig
+    chat: ChatConfig
+    teacher_top_k: int
+
+
+@dataclass(frozen=True)
+class PoolReady:
+    """First message of the pool process: it has started and reached the engines."""
+
+
+@dataclass(frozen=True)
+class PoolFailure:
+    """Last message of a pool process that cannot go on."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class GateRequest:
+    """Close (pause) or open (resume) the gate through which requests reach the engines."""
+
+    is_open: bool
+
+
+@dataclass(frozen=True)
+class GateReply:
+    """The gate is in the state that was asked for; when closed, no request is in flight."""
+
+    is_open: bool
+
+
+class RolloutError(RuntimeError):
+    """The pool process died, missed its deadline or lost too many trajectories."""
+
+
+class RolloutInterruptedError(Exception):
+    """Collecting was given up because the run was asked to stop."""
+
+
+class RolloutPool:
+    """Handle on the pool process; used by global rank 0 only."""
+
+    def __init__(self, settings: PoolSettings) -> None:
+        """Start the process and wait until it has reached the engines.
+
+        Raises:
+            RolloutError: it did not start, with its own words for why.
+        """
+        self._log_path = settings.run_directory / "rollout_pool.log"
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._results: deque[RolloutResult] = deque()
+        self._gate_replies: deque[GateReply] = deque()
+        self._connection, theirs = Pipe()
+        with self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sod_mcore.rollout.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_single_process_environment(),
+                start_new_session=True,  # Ctrl-C is the trainer's to handle; the pool follows it
+            )
+        theirs.close()
+        self._connection.send(settings)
+        self._is_ready = False
+        self._wait_until(lambda: self._is_ready, START_TIMEOUT_SECONDS, "start")
+
+    def submit(self, request: RolloutRequest) -> None:
+        """Queue a batch; batches are worked on, and collected, in the order of submission."""
+        self._connection.send(request)
+
+    def collect(
+        self,
+        timeout_seconds: float,
+        on_progress: Callable[[RolloutProgress], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> RolloutResult:
+        """Wait for the oldest batch not yet collected.
+
+        Raises:
+            RolloutError: the pool died or the deadline passed.
+            RolloutInterruptedError: ``should_stop`` became true first.
+        """
+
+        def is_over() -> bool:
+            return bool(self._results) or should_stop()
+
+        self._wait_until(is_over, timeout_seconds, "finish a batch", on_progress)
+        if not self._results:
+            raise RolloutInterruptedError
+        return self._results.popleft()
+
+    def pause(self, timeout_seconds: float = 60.0) -> None:
+        """Let no further request reach the engines; returns when none is in flight."""
+        self._set_gate(False, timeout_seconds)
+
+    def resume(self, timeout_seconds: float = 60.0) -> None:
+        """Let requests through again."""
+        self._set_gate(True, timeout_seconds)
+
+    def close(self) -> None:
+        """End the process: closing the pipe asks it to, a kill follows if it does not."""
+        self._connection.close()
+        try:
+            self._process.wait(CLOSE_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> RolloutPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _set_gate(self, is_open: bool, timeout_seconds: float) -> None:
+        self._connection.send(GateRequest(is_open))
+        action = "resume" if is_open else "pause"
+        self._wait_until(lambda: bool(self._gate_replies), timeout_seconds, action)
+        self._gate_replies.popleft()
+
+    def _wait_until(
+        self,
+        condition: Callable[[], bool],
+        timeout_seconds: float,
+        action: str,
+        on_progress: Callable[[RolloutProgress], None] | None = None,
+    ) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                raise RolloutError(
+                    f"the rollout pool did not {action} within {timeout_seconds:.0f} s; "
+                    f"its log is {self._log_path}"
+                )
+            self._receive(on_progress)
+
+    def _receive(self, on_progress: Callable[[RolloutProgress], None] | None) -> None:
+        try:
+            if not self._connection.poll(_POLL_SECONDS):
+                return
+            message = self._connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise RolloutError(
+                f"the rollout pool ended with exit code {self._process.wait()}; its log is "
+                f"{self._log_path}"
+            ) from error
+        if isinstance(message, PoolReady):
+            self._is_ready = True
+        elif isinstance(message, RolloutProgress):
+            if on_progress is not None:
+                on_progress(message)
+        elif isinstance(message, RolloutResult):
+            self._results.append(message)
+        elif isinstance(message, GateReply):
+            self._gate_replies.append(message)
+        elif isinstance(message, PoolFailure):
+            raise RolloutError(message.message)
+
+
+def check_losses(result: RolloutResult, request: RolloutRequest, config: RolloutConfig) -> None:
+    """Stop the run when too much of a batch was lost to infrastructure (design rule 8).
+
+    Raises:
+        RolloutError: more than the configured share was dropped or could not be scored.
+    """
+    losses = (
+        ("dropped", result.num_dropped, config.max_dropped_fraction, "max_dropped_fraction"),
+        ("unscored", result.num_unscored, config.max_unscored_fraction, "max_unscored_fraction"),
+    )
+    for word, count, allowed, field_name in losses:
+        if count > allowed * request.num_trajectories:
+            causes = "; ".join(result.failures) or "no cause recorded"
+            raise RolloutError(
+                f"{count} of {request.num_trajectories} trajectories {word}, more than "
+                f"rollout.{field_name}={allowed} allows. Causes: {causes}"
+            )
+
+
+def _single_process_environment() -> dict[str, str]:
+    """The environment without torchrun's variables: the pool is no rank."""
+    torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_")
+    return {key: value for key, value in os.environ.items() if not key.startswith(torchrun)}

@@ -1,0 +1,153 @@
+"""A batch survives what goes wrong outside the student, and counts it."""
+
+import asyncio
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+from sod_mcore.config import RolloutConfig
+from sod_mcore.rewards.interface import RewardResult
+from sod_mcore.rollout.batch import (
+    BatchServices,
+    RolloutProgress,
+    RolloutRequest,
+    RolloutResult,
+    run_batch,
+)
+from sod_mcore.rollout.episode import Sampling
+from sod_mcore.rollout.pool import RolloutError, check_losses
+from sod_mcore.rollout.token_recorder import TokenRecorder
+from sod_mcore.tools.interface import InfrastructureError
+from sod_mcore.trajectory import Prompt, Trajectory
+
+
+class UnusableScoreError(Exception):
+    """Stands for an answer of the teacher that cannot be used."""
+
+
+def trajectory_of(prompt: Prompt) -> Trajectory:
+    recorder = TokenRecorder(np.array([1], np.int32))
+    recorder.append_turn(
+        np.array([2], np.int32), np.array([-1.0], np.float32), np.array([0], np.int32)
+    )
+    return recorder.to_trajectory(group_id=prompt.prompt_id, reward=0.0, is_correct=False)
+
+
+class Services:
+    """Fails as told, by prompt id: {"p1": 2} fails the first two episodes of p1."""
+
+    def __init__(
+        self, episode_failures: dict[str, int] | None = None, unscored: tuple[str, ...] = ()
+    ) -> None:
+        self.failures = dict(episode_failures or {})
+        self.unscored = unscored
+        self.running = 0
+        self.most_running = 0
+        self.scoring_started: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self.ended: dict[str, float] = {}
+
+    async def episode(self, prompt: Prompt, request: RolloutRequest) -> Trajectory:
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(self.seconds.get(prompt.prompt_id, 0.001))
+            if self.failures.get(prompt.prompt_id, 0) > 0:
+                self.failures[prompt.prompt_id] -= 1
+                raise InfrastructureError("the sandbox is gone")
+        finally:
+            self.running -= 1
+        self.ended[prompt.prompt_id] = time.monotonic()
+        return trajectory_of(prompt)
+
+    async def reward(self, prompt: Prompt, trajectory: Trajectory) -> RewardResult:
+        return RewardResult(reward=1.0, is_correct=True, prediction="4", parts={"answer": 1.0})
+
+    async def score(self, trajectory: Trajectory) -> Trajectory:
+        self.scoring_started[trajectory.group_id] = time.monotonic()
+        if trajectory.group_id in self.unscored:
+            raise UnusableScoreError("misaligned")
+        scores = np.where(trajectory.loss_mask, -0.5, np.nan).astype(np.float32)
+        return trajectory.with_teacher(scores)
+
+    def bound(self) -> BatchServices:
+        return BatchServices(self.episode, self.reward, self.score, UnusableScoreError)
+
+
+def request(prompts: int, samples: int = 2) -> RolloutRequest:
+    return RolloutRequest(
+        tuple(Prompt((), "", "s", f"p{i}") for i in range(prompts)), samples, Sampling(1.0, 1.0)
+    )
+
+
+def run(services: Services, asked: RolloutRequest, concurrency: int = 8) -> RolloutResult:
+    return asyncio.run(
+        run_batch(
+            asked,
+            services.bound(),
+            concurrency=concurrency,
+            attempts=3,
+            on_progress=lambda progress: None,
+        )
+    )
+
+
+def test_groups_come_back_in_prompt_order_with_reward_and_scores() -> None:
+    services = Services()
+    services.seconds = {"p0": 0.05}
+    result = run(services, request(3))
+    assert [t.group_id for t in result.trajectories] == ["p0", "p0", "p1", "p1", "p2", "p2"]
+    assert all(t.is_scored and t.reward == 1.0 and t.is_correct for t in result.trajectories)
+
+
+def test_a_passing_failure_is_retried_and_a_lasting_one_dropped() -> None:
+    result = run(Services({"p0": 2, "p1": 100}), request(2, samples=1))
+    assert [t.group_id for t in result.trajectories] == ["p0"]
+    assert (result.num_dropped, result.num_retries) == (1, 4)
+    assert result.failures == ("InfrastructureError: the sandbox is gone",)
+
+
+def test_an_unscored_trajectory_keeps_its_reward() -> None:
+    result = run(Services(unscored=("p1",)), request(2, samples=1))
+    scored, unscored = result.trajectories
+    assert result.num_unscored == 1
+    assert scored.is_scored
+    assert not unscored.is_scored
+    assert unscored.reward == 1.0
+
+
+def test_scoring_starts_while_other_trajectories_still_run() -> None:
+    services = Services()
+    services.seconds = {"p1": 0.2}
+    run(services, request(2, samples=1))
+    assert services.scoring_started["p0"] < services.ended["p1"]
+
+
+def test_concurrency_is_bounded() -> None:
+    services = Services()
+    run(services, request(10), concurrency=4)
+    assert services.most_running == 4
+
+
+def test_progress_reaches_the_total() -> None:
+    seen: list[RolloutProgress] = []
+    services = Services({"p0": 100})
+    asyncio.run(
+        run_batch(
+            request(2, 1), services.bound(), concurrency=1, attempts=1, on_progress=seen.append
+        )
+    )
+    assert seen[-1] == RolloutProgress(finished=1, dropped=1, total=2)
+
+
+@pytest.mark.parametrize(
+    ("word", "field"), [("dropped", "num_dropped"), ("unscored", "num_unscored")]
+)
+def test_the_run_stops_when_too_much_is_lost(word: str, field: str) -> None:
+    result = RolloutResult((), 0, 0, 0, ("EngineError: refused",))
+    config = RolloutConfig(max_dropped_fraction=0.1, max_unscored_fraction=0.1)
+    check_losses(dataclasses.replace(result, **{field: 2}), request(20, 1), config)
+    with pytest.raises(RolloutError, match=f"3 of 20 trajectories {word}.*refused"):
+        check_losses(dataclasses.replace(result, **{field: 3}), request(20, 1), config)
