@@ -1,0 +1,1 @@
+"""What differs by device, and faults of other packages that this project has to correct."""

@@ -1,0 +1,199 @@
+"""Checkpoints that any layout can continue from: Megatron's torch_dist format, plus random states.
+
+A checkpoint is written under a temporary name, synced and renamed; only then does the file
+``latest`` name it, and only then are older ones deleted. A crash at any moment leaves the previous
+checkpoint in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from sod_mcore.student.conversion.save import sync_folder
+from sod_mcore.student.exchange import broadcast_from_rank0
+from sod_mcore.student.model import unwrap
+from sod_mcore.student.optimizer import initialize_adam_state
+from sod_mcore.student.parallel_state import ParallelLayout
+
+LATEST = "latest"
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything on this rank that a checkpoint holds."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    layout: ParallelLayout
+
+
+def save(
+    state: TrainingState, directory: Path, step: int, progress: Mapping[str, Any], *, keep: int
+) -> None:
+    """Write ``directory/step_<step>``; collective over all ranks, complete on return.
+
+    Args:
+        directory: a folder that all ranks see.
+        progress: JSON-able; comes back from :func:`load_newest`.
+        keep: newest checkpoints that are kept, this one included.
+    """
+    name = f"step_{step:08d}"
+    temporary = directory / f".{name}.tmp"
+    _on_rank_zero(state, lambda: _make_empty(temporary))
+    dist_checkpointing.save(_sharded_state(state, is_loading=False), str(temporary))
+    torch.save(_random_states(), _random_file(temporary, state.layout.rank))
+    dist.barrier(group=state.layout.world_group)
+    _on_rank_zero(state, lambda: _complete(temporary, directory / name, state, progress, keep))
+
+
+def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
+    """Restore the newest complete checkpoint; collective over all ranks.
+
+    Random states are restored where the checkpoint was written by the same layout; another layout
+    keeps those of its seed.
+
+    Returns:
+        the ``progress`` it was saved with, or None if there is no checkpoint.
+    """
+    name = broadcast_from_rank0(
+        _newest_complete(directory) if state.layout.rank == 0 else None, state.layout.world_group
+    )
+    if name is None:
+        return None
+    folder = directory / name
+    initialize_adam_state(state.optimizer)
+    loaded = dist_checkpointing.load(_sharded_state(state, is_loading=True), str(folder))
+    unwrap(state.model).load_state_dict(loaded["model"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    header = json.loads((folder / PROGRESS).read_text())
+    state.schedule.num_steps = 0
+    state.schedule.step(header["schedule_steps"])
+    if header["layout"] == _layout_header(state.layout):
+        _restore_random_states(_random_file(folder, state.layout.rank))
+    progress: dict[str, Any] = header["progress"]
+    return progress
+
+
+def _sharded_state(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        # The only format that other layouts, and torch's AdamW, can be loaded into.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
+    }
+    model = unwrap(state.model).sharded_state_dict(metadata=metadata)
+    optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _complete(
+    temporary: Path, final: Path, state: TrainingState, progress: Mapping[str, Any], keep: int
+) -> None:
+    header = {
+        "progress": dict(progress),
+        "schedule_steps": state.schedule.num_steps,
+        "layout": _layout_header(state.layout),
+    }
+    (temporary / PROGRESS).write_text(json.dumps(header, indent=2) + "\n")
+    sync_folder(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    pointer = final.with_name(f".{LATEST}.tmp")
+    with pointer.open("w") as file:
+        file.write(final.name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    pointer.replace(final.with_name(LATEST))
+    sync_folder_entry(final.parent)
+    for old in sorted(final.parent.glob("step_*"))[:-keep]:
+        if old != final:
+            shutil.rmtree(old)
+
+
+def sync_folder_entry(folder: Path) -> None:
+    """Flush the names in a folder (not the files' contents) to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _newest_complete(directory: Path) -> str | None:
+    """The checkpoint that ``latest`` names; if that is gone, the newest complete folder."""
+    pointer = directory / LATEST
+    if pointer.is_file():
+        name = pointer.read_text().strip()
+        if (directory / name / PROGRESS).is_file():
+            return name
+    complete = sorted(path.parent.name for path in directory.glob(f"step_*/{PROGRESS}"))
+    return complete[-1] if complete else None
+
+
+def _on_rank_zero(state: TrainingState, work: Callable[[], None]) -> None:
+    """Do ``work`` on global rank 0; a failure there ends every rank."""
+    problem = None
+    if state.layout.rank == 0:
+        try:
+            work()
+        except OSError as error:
+            problem = str(error)
+    problem = broadcast_from_rank0((problem,), state.layout.world_group)[0]
+    if problem is not None:
+        raise OSError(f"checkpoint on rank 0: {problem}")
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _layout_header(layout: ParallelLayout) -> dict[str, int]:
+    return {
+        "tensor": layout.tensor_parallel_size,
+        "pipeline": layout.pipeline_parallel_size,
+        "context": layout.context_parallel_size,
+        "data": layout.data_parallel_size,
+    }
+
+
+def _random_file(folder: Path, rank: int) -> Path:
+    return folder / f"random_{rank:05d}.pt"
+
+
+def _random_states() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _restore_random_states(path: Path) -> None:
+    states = torch.load(path, weights_only=False)  # written by this program
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["megatron"])

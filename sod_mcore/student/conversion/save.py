@@ -1,0 +1,109 @@
+"""Write a Hugging Face folder: weights from buckets, everything else copied from a source folder.
+
+The folder appears under its name only when it is complete: it is written under a temporary name,
+synced and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sod_mcore.student.conversion.export import NamedTensors
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+def save_hf_folder(
+    buckets: Iterable[NamedTensors],
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write ``destination`` from weights and from the other files of ``source``.
+
+    Args:
+        buckets: each becomes one file; empty buckets are left out.
+        source: Hugging Face folder whose configuration, tokenizer and chat template are copied.
+        destination: an existing folder of this name is replaced.
+        dtype: dtype of the weights; None keeps that of the tensors.
+    """
+    source, destination = Path(source), Path(destination)
+    temporary = destination.with_name(f".{destination.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    written = _write_weights(buckets, temporary, dtype)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copyfile(path, temporary / path.name)
+    _set_config_dtype(temporary / "config.json", written)
+    sync_folder(temporary)
+    replace_folder(temporary, destination)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file of a folder, and the folder itself, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def replace_folder(temporary: Path, destination: Path) -> None:
+    """Rename ``temporary`` to ``destination``, whose old content goes away afterwards."""
+    old = destination.with_name(f".{destination.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if destination.exists():
+        destination.rename(old)
+    temporary.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
+    descriptor = os.open(destination.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_weights(
+    buckets: Iterable[NamedTensors], folder: Path, dtype: torch.dtype | None
+) -> torch.dtype | None:
+    """Write the safetensors files and their index; returns the weights' dtype."""
+    files: list[tuple[Path, list[str]]] = []
+    total_size = 0
+    for bucket in buckets:
+        if not bucket:
+            continue
+        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in bucket}
+        path = folder / f"part-{len(files):05d}.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        files.append((path, list(tensors)))
+        total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        dtype = next(iter(tensors.values())).dtype
+    if len(files) == 1:
+        files[0][0].rename(folder / "model.safetensors")
+        return dtype
+    weight_map = {}
+    for number, (path, names) in enumerate(files, start=1):
+        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        path.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return dtype
+
+
+def _set_config_dtype(path: Path, dtype: torch.dtype | None) -> None:
+    config = json.loads(path.read_text())
+    name = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if dtype is not None:
+        config[name] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,88 @@
+"""Build the student: GPTModel on the local layer specification, wrapped for mixed precision and DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from sod_mcore.config import StudentConfig
+from sod_mcore.student.architecture import Architecture
+from sod_mcore.student.attention import SDPAttention
+from sod_mcore.student.layers import RMSNorm
+from sod_mcore.student.model_config import padded_vocab_size, transformer_config
+from sod_mcore.student.parallel_state import ParallelLayout
+
+
+def build_model(
+    student: StudentConfig,
+    architecture: Architecture,
+    layout: ParallelLayout,
+    *,
+    ddp: Mapping[str, Any],
+    use_distributed_optimizer: bool,
+) -> DistributedDataParallel:
+    """This rank's part of the student, in training mode; its weights are not set yet.
+
+    Args:
+        student: checked by :func:`sod_mcore.student.model_config.check_layout`.
+        ddp: fields of Megatron's DistributedDataParallelConfig, by their own names.
+    """
+    config = transformer_config(student, architecture)
+    model: torch.nn.Module = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_specification(config),
+        vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor_parallel_size),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rotary_base,
+    ).to(layout.device)
+    if config.bf16:
+        model = Float16Module(config, model)
+    ddp_fields = {
+        "grad_reduce_in_fp32": True,
+        "check_for_nan_in_grad": True,
+        "use_distributed_optimizer": use_distributed_optimizer,
+        **ddp,
+    }
+    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(**ddp_fields), model)
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def layer_specification(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Megatron's local layers with this package's RMSNorm and attention, for this pipeline stage."""
+    layer = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SDPAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
+
+
+def unwrap(model: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    while not isinstance(model, GPTModel):
+        model = model.module  # type: ignore[assignment]
+    return model

@@ -1,0 +1,251 @@
+"""From a Hugging Face folder and ``student.megatron`` to Megatron's TransformerConfig, checked.
+
+Everything that can be refused is refused here, before torch.distributed starts and before any
+weight is read: unknown field names, values that another part of the package owns, sizes that do not
+divide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from sod_mcore.config import ConfigError, OptimizerConfig, StudentConfig
+from sod_mcore.student.architecture import Architecture, read_architecture
+
+VOCABULARY_DIVISOR = 128
+"""Rows of the embedding are padded to a multiple of this times the tensor-parallel size, as in
+Megatron's own training; padded columns never enter a normaliser or an exported checkpoint."""
+
+_FROM_CONFIG_JSON = frozenset(
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+    "layernorm_epsilon qk_layernorm add_qkv_bias add_bias_linear gated_linear_unit activation_func "
+    "normalization".split()
+)
+_FROM_PRECISION = frozenset({"bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype"})
+_ONLY_VALUE: dict[str, tuple[Any, str]] = {
+    "calculate_per_token_loss": (True, "losses are means over the tokens of the mini-batch"),
+    "context_parallel_size": (1, "attention without TransformerEngine cannot split a sequence"),
+    "expert_model_parallel_size": (1, "only dense models are supported"),
+    "num_moe_experts": (None, "only dense models are supported"),
+    "virtual_pipeline_model_parallel_size": (None, "interleaved stages are not supported"),
+    "num_layers_per_virtual_pipeline_stage": (None, "interleaved stages are not supported"),
+    "mtp_num_layers": (None, "multi-token prediction is not supported"),
+    "defer_embedding_wgrad_compute": (False, "the loss selects rows before the output layer"),
+    "masked_softmax_fusion": (False, "attention is torch's scaled_dot_product_attention"),
+    "gradient_accumulation_fusion": (False, "it needs Apex"),
+    "bias_dropout_fusion": (False, "it needs torch.compile in each worker"),
+    "apply_rope_fusion": (False, "it needs TransformerEngine"),
+    "persist_layer_norm": (False, "it needs Apex"),
+    "fp8": (None, "it needs TransformerEngine"),
+    "fp4": (None, "it needs TransformerEngine"),
+}
+_ONLY_DDP_VALUE: dict[str, tuple[Any, str]] = {
+    "average_in_collective": (False, "losses are means over the tokens of the mini-batch"),
+    "use_megatron_fsdp": (False, "Megatron FSDP is not supported"),
+    "use_custom_fsdp": (False, "Megatron FSDP is not supported"),
+}
+_OWN_OPTIMIZER_FIELDS = {
+    "lr": "optimizer.lr",
+    "min_lr": "optimizer.min_lr",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.adam_betas",
+    "adam_beta2": "optimizer.adam_betas",
+    "clip_grad": "optimizer.clip_grad",
+    "use_distributed_optimizer": "optimizer.distributed",
+    "bf16": "student.precision",
+    "fp16": "student.precision",
+    "params_dtype": "student.precision",
+}
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """How many ranks share each dimension; their product is the world size."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+
+
+def check_layout(
+    student: StudentConfig,
+    world_size: int,
+    *,
+    optimizer: OptimizerConfig | None = None,
+    ddp: Mapping[str, Any] | None = None,
+) -> ParallelSizes:
+    """Refuse a student that cannot be built on ``world_size`` ranks.
+
+    Reads ``config.json`` and nothing else.
+
+    Raises:
+        ConfigError: one line with the field, its value, what is allowed and the mend.
+    """
+    architecture = read_architecture(student.model_path)
+    _check_names("student.megatron", student.megatron, TransformerConfig)
+    _check_fixed("student.megatron", student.megatron, _ONLY_VALUE)
+    for field in student.megatron:
+        if field in _FROM_CONFIG_JSON:
+            raise ConfigError(
+                f"student.megatron.{field} is {student.megatron[field]!r}, but this field comes from "
+                f"the model's config.json; remove it"
+            )
+        if field in _FROM_PRECISION:
+            raise ConfigError(f"student.megatron.{field}: set student.precision instead")
+    sizes = _parallel_sizes(student.megatron, world_size)
+    _check_divisibility(architecture, student.megatron, sizes)
+    if optimizer is not None:
+        _check_names("optimizer.megatron", optimizer.megatron, MegatronOptimizerConfig)
+        for field in optimizer.megatron:
+            if field in _OWN_OPTIMIZER_FIELDS:
+                raise ConfigError(
+                    f"optimizer.megatron.{field}: set {_OWN_OPTIMIZER_FIELDS[field]} instead"
+                )
+    if ddp is not None:
+        _check_names("ddp", ddp, DistributedDataParallelConfig)
+        _check_fixed("ddp", ddp, _ONLY_DDP_VALUE)
+        if "use_distributed_optimizer" in ddp:
+            raise ConfigError("ddp.use_distributed_optimizer: set optimizer.distributed instead")
+    try:
+        transformer_config(student, architecture)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(
+            f"student.megatron: Megatron-Core refuses {student.megatron}: {error}"
+        ) from error
+    return sizes
+
+
+def transformer_config(student: StudentConfig, architecture: Architecture) -> TransformerConfig:
+    """Megatron's configuration of the student; ``student.megatron`` overrides the defaults."""
+    is_bf16 = student.precision == "bf16"
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    pipeline_size = student.megatron.get("pipeline_model_parallel_size", 1)
+    fields: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.kv_channels,
+        "layernorm_epsilon": architecture.layernorm_epsilon,
+        "qk_layernorm": architecture.qk_layernorm,
+        "add_qkv_bias": architecture.add_qkv_bias,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "normalization": "RMSNorm",
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bf16": is_bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": finalize_model_grads,
+        # Weights are loaded at once, so their initialisation would be wasted.
+        "perform_initialization": False,
+        # These fusions need TransformerEngine, Apex or torch.compile.
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        # Micro-batches differ in length, so stages tell each other the shapes; Megatron asks for
+        # this dispatcher with them, even where there are no experts.
+        "variable_seq_lengths": pipeline_size > 1,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+    return TransformerConfig(**{**fields, **student.megatron})
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks."""
+    divisor = VOCABULARY_DIVISOR * tensor_parallel_size
+    return -(-vocab_size // divisor) * divisor
+
+
+def _check_names(section: str, values: Mapping[str, Any], target: type) -> None:
+    allowed = {field.name for field in dataclasses.fields(target) if field.init}
+    for name in values:
+        if name not in allowed:
+            raise ConfigError(
+                f"{section}.{name} is not a field of Megatron-Core's {target.__name__}"
+                f"{_suggestion(name, allowed)}; remove it or correct the name"
+            )
+
+
+def _suggestion(name: str, allowed: set[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, sorted(allowed), n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _check_fixed(
+    section: str, values: Mapping[str, Any], only: Mapping[str, tuple[Any, str]]
+) -> None:
+    for name, (allowed, reason) in only.items():
+        if name in values and values[name] != allowed:
+            raise ConfigError(
+                f"{section}.{name} is {values[name]!r}; only {allowed!r} is supported, because "
+                f"{reason}; remove it"
+            )
+
+
+def _parallel_sizes(megatron: Mapping[str, Any], world_size: int) -> ParallelSizes:
+    sizes = {}
+    for dimension in ("tensor_model", "pipeline_model", "context"):
+        field = f"{dimension}_parallel_size"
+        value = megatron.get(field, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(
+                f"student.megatron.{field} is {value!r}; give an integer of at least 1"
+            )
+        sizes[dimension] = value
+    tensor, pipeline, context = sizes["tensor_model"], sizes["pipeline_model"], sizes["context"]
+    product = tensor * pipeline * context
+    if world_size % product:
+        raise ConfigError(
+            f"student.megatron: tensor {tensor} x pipeline {pipeline} x context {context} = "
+            f"{product} ranks hold one replica, which does not divide the {world_size} processes "
+            f"that torchrun started; change the sizes or --nproc-per-node"
+        )
+    return ParallelSizes(tensor, pipeline, context, world_size // product)
+
+
+def _check_divisibility(
+    architecture: Architecture, megatron: Mapping[str, Any], sizes: ParallelSizes
+) -> None:
+    for field in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        size = getattr(architecture, field)
+        if size % sizes.tensor:
+            raise ConfigError(
+                f"student.megatron.tensor_model_parallel_size is {sizes.tensor}, which does not "
+                f"divide the model's {field} = {size}; choose a divisor of {size}"
+            )
+    uneven = (
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "pipeline_model_parallel_layout",
+    )
+    if architecture.num_layers % sizes.pipeline and not any(name in megatron for name in uneven):
+        raise ConfigError(
+            f"student.megatron.pipeline_model_parallel_size is {sizes.pipeline}, which does not "
+            f"divide the model's num_layers = {architecture.num_layers}; choose a divisor or set "
+            f"{uneven[0]}"
+        )
+    if megatron.get("sequence_parallel") and sizes.tensor == 1:
+        raise ConfigError(
+            "student.megatron.sequence_parallel is true with tensor_model_parallel_size 1; remove it "
+            "or raise tensor_model_parallel_size"
+        )
