@@ -5,7 +5,6 @@ An interpreter is never used twice, so nothing that a program does can reach the
 
 import asyncio
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -59,7 +58,6 @@ class ProgramRequest:
     short_traceback: bool = False
 
 
-@functools.cache
 def _bootstrap_source() -> str:
     return Path(__file__).with_name("sandbox_bootstrap.py").read_text(encoding="utf-8")
 
@@ -175,6 +173,8 @@ class WarmInterpreter:
             if isinstance(error, TimeoutError):
                 text = f"a sandbox was not ready after {limits.startup_seconds} s"
                 raise InfrastructureError(text) from error
+            if isinstance(error, OSError):
+                raise InfrastructureError(f"a sandbox ended while starting: {error}") from error
             raise
         finally:
             if info_fd is not None:

@@ -189,6 +189,21 @@ class TestSight:
         )
         assert result.stdout == "fine\n"
 
+    async def test_no_descriptors_but_the_standard_ones(self, sandbox: Sandbox) -> None:
+        result = await run(
+            sandbox,
+            """
+            import os
+            for descriptor in range(3, 64):
+                try:
+                    os.fstat(descriptor)
+                    print("open:", descriptor)
+                except OSError:
+                    pass
+            """,
+        )
+        assert (result.stdout, result.return_code) == ("", 0)
+
     async def test_nothing_is_carried_over(self, sandbox: Sandbox) -> None:
         await sandbox.run("open('/tmp/note', 'w').write('for the next')")
         result = await sandbox.run("import os; print(os.path.exists('/tmp/note'))")

@@ -1,0 +1,143 @@
+r"""Verifier for rows made by the reasoning-gym package, which scores them by its own rules.
+
+The answer is the content of the last `\boxed{...}`. Some of the package's scorers evaluate the
+answer as Python (`eval`, sympy's `parse_expr`): a model could run code in this process by writing
+it into a box, so these datasets are refused.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sod_mcore.rewards.boxed import extract_last_boxed
+from sod_mcore.rewards.interface import RewardResult
+
+logger = logging.getLogger(__name__)
+
+# In reasoning-gym 0.1.25.
+DATASETS_THAT_EVALUATE_ANSWERS = frozenset(
+    {
+        "binary_matrix",
+        "countdown",
+        "intermediate_integration",
+        "n_queens",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    }
+)
+
+_Entry = dict[str, Any]
+_Scorer = Callable[[str, _Entry], float]
+
+
+class ReasoningGymVerifier:
+    """Right if and only if the dataset's own `score_answer` gives the full score of 1."""
+
+    def __init__(
+        self,
+        *,
+        correct_reward: float = 1.0,
+        wrong_reward: float = -1.0,
+        dataset_options: Mapping[str, Mapping[str, object]] | None = None,
+    ) -> None:
+        """Scorers are made when first asked for.
+
+        Args:
+            correct_reward: reward of a right answer.
+            wrong_reward: reward of a wrong or missing answer, partly right ones included.
+            dataset_options: by dataset, the options its rows were made with. Few scorers depend
+                on them (such as the precision of decimal_arithmetic).
+        """
+        self._correct_reward = correct_reward
+        self._wrong_reward = wrong_reward
+        self._dataset_options = dataset_options or {}
+        self._scorers: dict[str, _Scorer] = {}
+
+    def score(
+        self, response_text: str, ground_truth: str, extra_info: Mapping[str, object]
+    ) -> RewardResult:
+        """Score a response.
+
+        Args:
+            response_text: text of the final assistant turn.
+            ground_truth: not used, the entry holds the answer with all that its scorer needs.
+            extra_info: "dataset", the name of a reasoning-gym dataset, and "entry", its entry as
+                JSON text.
+
+        Raises:
+            ValueError: the fields are missing or of the wrong kind, or the dataset is refused.
+        """
+        dataset = _text_field(extra_info, "dataset")
+        entry = _parse_entry(_text_field(extra_info, "entry"))
+        scorer = self._scorer(dataset)
+        prediction = (extract_last_boxed(response_text) or "").strip()
+        parts = {"reasoning_gym_score": 0.0, "scorer_error": 0.0}
+        if prediction:
+            try:
+                parts["reasoning_gym_score"] = float(scorer(prediction, entry))
+            except Exception as error:
+                # Scorers parse the answer in their own ways, and raise whatever they raise on an
+                # answer that is not of the right form.
+                logger.debug("%s could not score %r: %r", dataset, prediction, error)
+                parts["scorer_error"] = 1.0
+        is_correct = parts["reasoning_gym_score"] >= 1.0
+        reward = self._correct_reward if is_correct else self._wrong_reward
+        return RewardResult(reward, is_correct, prediction, parts)
+
+    def _scorer(self, dataset: str) -> _Scorer:
+        if dataset not in self._scorers:
+            self._scorers[dataset] = _make_scorer(dataset, self._dataset_options.get(dataset, {}))
+        return self._scorers[dataset]
+
+
+def _make_scorer(dataset: str, options: Mapping[str, object]) -> _Scorer:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ValueError(
+            "a data row is to be scored by reasoning-gym, which is not installed: "
+            "pip install reasoning-gym"
+        ) from error
+    if dataset in DATASETS_THAT_EVALUATE_ANSWERS:
+        raise ValueError(
+            f"extra_info['dataset'] = {dataset!r}: reasoning-gym evaluates the answers to this "
+            "dataset as Python code in this process. Choose another dataset, or give its rows a "
+            "verifier that runs in a sandbox."
+        )
+    if dataset not in DATASETS:
+        raise ValueError(
+            f"extra_info['dataset'] = {dataset!r}: reasoning-gym has no such dataset. "
+            f"It has: {', '.join(sorted(DATASETS))}"
+        )
+    try:
+        scorer: _Scorer = reasoning_gym.create_dataset(dataset, **options).score_answer
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"dataset_options[{dataset!r}] = {dict(options)!r}: {error}") from error
+    return scorer
+
+
+def _text_field(extra_info: Mapping[str, object], name: str) -> str:
+    value = extra_info.get(name)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"extra_info[{name!r}] = {value!r}: the reasoning-gym verifier needs a text here"
+        )
+    return value
+
+
+def _parse_entry(text: str) -> _Entry:
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"extra_info['entry'] = {text!r}: not JSON ({error})") from error
+    if not isinstance(entry, dict) or "answer" not in entry:
+        raise ValueError(
+            f"extra_info['entry'] = {text!r}: give an entry of a reasoning-gym dataset, a JSON "
+            "object with an answer"
+        )
+    return entry
