@@ -1,0 +1,27 @@
+"""SGLang serves both models: it generates the student's rollouts and scores them with the teacher.
+
+``python -m sod_mcore.serving CONFIG`` starts the engines (``supervisor``, ``launch``,
+``front_door``) and writes their addresses (``fleet``); ``client``, ``scoring`` and ``weights`` talk
+to them.
+"""
+
+from sod_mcore.serving.client import EngineClient, EngineError, Generation, SamplingSettings
+from sod_mcore.serving.fleet import Endpoints, ModelEndpoints, read_endpoints
+from sod_mcore.serving.scoring import Scores, ScoringError, score
+from sod_mcore.serving.weights import WeightUpdateError, probe_logprobs, update_from_disk
+
+__all__ = [
+    "Endpoints",
+    "EngineClient",
+    "EngineError",
+    "Generation",
+    "ModelEndpoints",
+    "SamplingSettings",
+    "Scores",
+    "ScoringError",
+    "WeightUpdateError",
+    "probe_logprobs",
+    "read_endpoints",
+    "score",
+    "update_from_disk",
+]

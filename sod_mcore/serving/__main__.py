@@ -1,0 +1,140 @@
+"""Serves the models of a configuration, alone or around a command.
+
+    python -m sod_mcore.serving CONFIG [key=value ...]
+    python -m sod_mcore.serving CONFIG [key=value ...] -- torchrun ... pretrain_sod.py CONFIG
+
+The first form runs until SIGINT or SIGTERM. The second runs the command while the models are
+served, passes signals on to it and ends with its exit code. Either way no process is left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sod_mcore.config import ConfigError, ServingConfig, SodConfig, fail, load_config
+from sod_mcore.serving.children import Child, forward_signal, shell_exit_code
+from sod_mcore.serving.fleet import Endpoints, FleetError, endpoints_path
+from sod_mcore.serving.supervisor import POLL_SECONDS, Fleet
+
+USAGE = "usage: python -m sod_mcore.serving CONFIG [key=value ...] [-- command ...]"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PASSED_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve as the arguments say; returns the exit code."""
+    arguments = list(arguments)
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    settings, command = arguments[:split], arguments[split + 1 :]
+    if not settings or (split < len(arguments) and not command):
+        fail(USAGE)
+    try:
+        config = load_config(SodConfig, Path(settings[0]), settings[1:])
+        if config.serving is None:
+            raise ConfigError("serving is missing; nothing to serve without that section")
+        return asyncio.run(_serve(config.serving, Path(config.run.directory), command))
+    except ConfigError as error:
+        fail(str(error))
+
+
+@dataclass
+class _Signals:
+    """Signals received, and the command that gets them."""
+
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    command: Child | None = None
+
+    def receive(self, number: signal.Signals) -> None:
+        if self.command is not None:
+            forward_signal(self.command, number)
+        elif number in STOP_SIGNALS:
+            self.stop.set()
+
+
+async def _serve(serving: ServingConfig, run_directory: Path, command: Sequence[str]) -> int:
+    signals = _Signals()
+    loop = asyncio.get_running_loop()
+    for number in PASSED_SIGNALS:
+        loop.add_signal_handler(number, signals.receive, number)
+    fleet = Fleet(serving, run_directory, say=_say)
+    try:
+        endpoints = await _unless_stopped(fleet, signals.stop)
+        if endpoints is None:
+            return 128 + signal.SIGTERM
+        _print_addresses(endpoints, run_directory)
+        if command:
+            return await _run_command(fleet, signals, command)
+        return await _run_until_stopped(fleet, signals.stop)
+    except FleetError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        _say("stopping")
+        await fleet.stop()
+
+
+async def _unless_stopped(fleet: Fleet, stop: asyncio.Event) -> Endpoints | None:
+    """Start the fleet; None if a signal came first."""
+    start = asyncio.create_task(fleet.start())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait((start, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not start.done():
+        start.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await start
+        return None
+    return start.result()
+
+
+async def _run_until_stopped(fleet: Fleet, stop: asyncio.Event) -> int:
+    watch = asyncio.create_task(fleet.watch())
+    stopped = asyncio.create_task(stop.wait())
+    done, _ = await asyncio.wait((watch, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    watch.cancel()
+    if watch in done:
+        watch.result()
+    return 0
+
+
+async def _run_command(fleet: Fleet, signals: _Signals, command: Sequence[str]) -> int:
+    try:
+        child = fleet.children.start("the command", command)
+    except OSError as error:
+        raise FleetError(f"the command cannot be started: {error}") from error
+    signals.command = child
+    watch = asyncio.create_task(fleet.watch(ignored=(child,)))
+    try:
+        while child.exit_code is None:
+            if watch.done():
+                watch.result()
+            await asyncio.sleep(POLL_SECONDS)
+    finally:
+        watch.cancel()
+        signals.command = None
+    return shell_exit_code(child.exit_code)
+
+
+def _print_addresses(endpoints: Endpoints, run_directory: Path) -> None:
+    for model in endpoints.models.values():
+        _say(f"{model.name}: {model.route} -> {', '.join(model.engines)}")
+    _say(f'front door: {endpoints.front_door} (choose with the field "model")')
+    _say(f"addresses written to {endpoints_path(run_directory)}")
+
+
+def _say(line: str) -> None:
+    print(f"[serving] {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""Child processes that never outlive their parent, each with a log file and a group of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sod_mcore.serving import watchdog
+
+GRACE_SECONDS = 15.0
+"""Time between SIGTERM and SIGKILL."""
+
+
+@dataclass(frozen=True)
+class Child:
+    """A started process, leader of its own process group.
+
+    Attributes:
+        name: what people call it, such as "student engine 1".
+        process: the group's leader.
+        log_path: file with its standard output and error; None if it writes to ours.
+        log_start: size of that file when the process was started.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log_path: Path | None = None
+    log_start: int = 0
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of the leader, negative for a signal; None while it runs."""
+        return self.process.poll()
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines that this process, not an earlier one, wrote to its log."""
+        if self.log_path is None:
+            return ""
+        with self.log_path.open("rb") as file:
+            file.seek(self.log_start)
+            text = file.read().decode(errors="replace")
+        return "\n".join(text.rstrip().splitlines()[-lines:])
+
+
+class Children:
+    """Starts processes and ends them all, also when this process is killed with SIGKILL.
+
+    A watchdog process holds the other end of a pipe. When the pipe closes without a farewell, this
+    process has died, and the watchdog ends every group that was started.
+    """
+
+    def __init__(self) -> None:
+        self._watchdog = subprocess.Popen(
+            [sys.executable, watchdog.__file__, str(GRACE_SECONDS)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._children: list[Child] = []
+
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        log_path: Path | None = None,
+    ) -> Child:
+        """Start ``command``; with a ``log_path`` its output is appended there.
+
+        Raises:
+            OSError: the program does not exist or cannot be executed.
+        """
+        with contextlib.ExitStack() as stack:
+            log_start, output = 0, None
+            if log_path is not None:
+                log_path.parent.mkdir(parents=True, exist_ok=True)
+                output = stack.enter_context(log_path.open("ab"))
+                log_start = output.tell()
+            process = subprocess.Popen(
+                list(command),
+                env=None if environment is None else dict(environment),
+                stdin=None if output is None else subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._tell_watchdog(f"{process.pid}\n")
+        child = Child(name, process, log_path, log_start)
+        self._children.append(child)
+        return child
+
+    def dead(self) -> list[Child]:
+        """Children whose leader has ended."""
+        return [child for child in self._children if child.exit_code is not None]
+
+    def forget(self, child: Child) -> None:
+        """End one child's group and no longer count it."""
+        self._end([child])
+        self._children.remove(child)
+        self._tell_watchdog(f"-{child.process.pid}\n")
+
+    def stop(self) -> None:
+        """SIGTERM to every leader, SIGKILL to what is left of the groups after the grace period."""
+        self._end(self._children)
+        self._children.clear()
+        self._tell_watchdog(watchdog.FAREWELL)
+        if self._watchdog.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._watchdog.stdin.close()
+        self._watchdog.wait(timeout=GRACE_SECONDS)
+
+    def _end(self, children: Sequence[Child]) -> None:
+        groups = [child.process.pid for child in children]
+        watchdog.end_groups(groups, GRACE_SECONDS, reap=lambda: [c.exit_code for c in children])
+        for child in children:
+            child.process.wait(timeout=GRACE_SECONDS)
+
+    def _tell_watchdog(self, line: str) -> None:
+        if self._watchdog.stdin is None or self._watchdog.poll() is not None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            self._watchdog.stdin.write(line.encode())
+            self._watchdog.stdin.flush()
+
+
+def wait_for_exit(child: Child, seconds: float) -> int | None:
+    """Exit code of ``child`` if it ends within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while child.exit_code is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return child.exit_code
+
+
+def shell_exit_code(exit_code: int) -> int:
+    """The exit code that a shell reports: 128 + signal for a process that a signal ended."""
+    return exit_code if exit_code >= 0 else 128 - exit_code
+
+
+def forward_signal(child: Child, number: signal.Signals) -> None:
+    """Send a signal to the leader of a child's group, if it still runs."""
+    if child.exit_code is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.process.pid, number)

@@ -1,0 +1,143 @@
+"""Where the served models can be reached: written when all is ready, removed at the stop.
+
+The file ``<run.directory>/serving/endpoints.json`` is the only thing that the trainer, the rollout
+pool and the evaluation need to know about the processes that serve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class FleetError(Exception):
+    """The engines cannot be used; the message says why and what mends it."""
+
+
+@dataclass(frozen=True)
+class ModelEndpoints:
+    """One served model.
+
+    Attributes:
+        name: "student" or "teacher".
+        route: base URL for requests: the model's router, or its only engine where none is needed.
+        engines: base URLs of the engines, for what a router does not pass on (weights, aborts).
+        model_path: Hugging Face folder that the engines loaded at their start.
+        context_length: longest sequence in tokens, sampled tokens included.
+        vocab_size: ids are below this; an engine does not check it and dies of a larger one.
+    """
+
+    name: str
+    route: str
+    engines: tuple[str, ...]
+    model_path: str
+    context_length: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """All addresses of one fleet, and the process that keeps it alive.
+
+    Attributes:
+        front_door: base URL that serves every model, chosen by the request's ``model`` field.
+        models: endpoints by model name.
+        pid: process that started the engines.
+        process_start: kernel start time of that process in clock ticks; tells it from a later
+            process with the same pid.
+        hostname: machine on which ``pid`` counts.
+    """
+
+    front_door: str
+    models: Mapping[str, ModelEndpoints]
+    pid: int
+    process_start: int
+    hostname: str
+
+    def model(self, name: str) -> ModelEndpoints:
+        """The endpoints of one model.
+
+        Raises:
+            FleetError: no model of that name is served.
+        """
+        if name not in self.models:
+            served = ", ".join(sorted(self.models))
+            raise FleetError(f"model {name!r} is not served; served here: {served}")
+        return self.models[name]
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the owner is known to be gone (on another machine that cannot be known)."""
+        if self.hostname != socket.gethostname():
+            return False
+        return process_start_ticks(self.pid) != self.process_start
+
+
+def endpoints_path(run_directory: Path) -> Path:
+    """The file that holds the addresses of a run's engines."""
+    return run_directory / "serving" / "endpoints.json"
+
+
+def write_endpoints(endpoints: Endpoints, run_directory: Path) -> Path:
+    """Write the addresses so that a reader sees either the whole file or none."""
+    path = endpoints_path(run_directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(dataclasses.asdict(endpoints), file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return path
+
+
+def read_endpoints(run_directory: Path) -> Endpoints:
+    """Read the addresses of the engines that serve ``run_directory``.
+
+    Raises:
+        FleetError: nothing serves this run, or what did has died.
+    """
+    path = endpoints_path(run_directory)
+    start = f"start them with: python -m sod_mcore.serving CONFIG run.directory={run_directory}"
+    try:
+        tree: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FleetError(f"no engines serve this run ({path} does not exist); {start}") from None
+    except json.JSONDecodeError as error:
+        raise FleetError(f"{path} is not JSON ({error}); delete it and {start}") from error
+    try:
+        models = {
+            name: ModelEndpoints(**{**fields, "engines": tuple(fields["engines"])})
+            for name, fields in tree.pop("models").items()
+        }
+        endpoints = Endpoints(models=models, **tree)
+    except (KeyError, TypeError) as error:
+        raise FleetError(
+            f"{path} was written by another version of sod_mcore ({error}); delete it and {start}"
+        ) from error
+    if endpoints.is_stale:
+        raise FleetError(
+            f"the engines of {path} are gone: their process {endpoints.pid} has ended; {start}"
+        )
+    return endpoints
+
+
+def process_start_ticks(pid: int) -> int | None:
+    """Kernel start time of a running process in clock ticks since boot; None if there is none."""
+    fields = process_fields(pid)
+    return None if fields is None or fields[0] == "Z" else int(fields[19])
+
+
+def process_fields(pid: int) -> list[str] | None:
+    """Fields of ``/proc/<pid>/stat`` from the state on; None if there is no such process."""
+    try:
+        # The command's name stands in brackets and may itself hold brackets and spaces.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None

@@ -1,0 +1,161 @@
+"""Command lines and environments of the processes that serve: engines and routers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sod_mcore.config import ConfigError, EngineConfig, ServingConfig
+from sod_mcore.serving.model_folder import ModelFolder
+
+CPU_BRIDGE = Path(__file__).parents[1] / "platform" / "sglang_cpu"
+ROUTER_PROGRAM = Path(__file__).with_name("router.py")
+
+CPU_RUNNING_REQUESTS = 128
+"""Requests that an engine without a GPU decodes at the same time, unless configured."""
+CPU_CACHE_BYTES = 2**30
+"""Key-value cache of an engine without a GPU, unless configured. SGLang's own choice is a share of
+the machine's memory, which several engines and a trainer on one machine do not have."""
+
+Device = Literal["cpu", "cuda"]
+
+
+def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Device:
+    """ "auto" takes CUDA where the NVIDIA driver has made its device file."""
+    if device == "auto":
+        return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    return device
+
+
+@dataclass(frozen=True)
+class EnginePlace:
+    """Which engine: the model's name, the replica's index from 0, and the kind of device."""
+
+    name: str
+    index: int
+    device: Device
+
+
+def engine_command(
+    serving: ServingConfig, engine: EngineConfig, folder: ModelFolder, place: EnginePlace, port: int
+) -> list[str]:
+    """The command line of one engine; ``extra_args`` come last, so they win."""
+    command = [
+        *(serving.python, "-m", "sglang.launch_server"),
+        *("--model-path", engine.model_path, "--served-model-name", place.name),
+        *("--host", serving.host, "--port", str(port)),
+        *("--dtype", _dtype(engine, folder, place.device), "--device", place.device),
+        *("--weight-version", "0", "--log-level", "warning"),
+    ]
+    if engine.context_length is not None:
+        command += ["--context-length", str(engine.context_length)]
+    if not folder.has_tokenizer:
+        # Enough for /generate with token ids; /v1/chat/completions needs a tokenizer.
+        command += ["--skip-tokenizer-init"]
+    if place.device == "cpu":
+        command += _cpu_arguments(engine, folder)
+    else:
+        command += ["--tp-size", str(max(1, len(engine_gpus(engine, place.index))))]
+        command += _given("--max-total-tokens", engine.max_total_tokens)
+        command += _given("--max-running-requests", engine.max_running_requests)
+    return [*command, *engine.extra_args]
+
+
+def engine_environment(engine: EngineConfig, place: EnginePlace) -> dict[str, str]:
+    """The environment of one engine."""
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    if place.device == "cuda":
+        if engine.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(
+                map(str, engine_gpus(engine, place.index))
+            )
+        return environment
+    python_path = [str(CPU_BRIDGE), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, python_path))
+    environment["SGLANG_USE_CPU_ENGINE"] = "1"
+    environment["SGLANG_CPU_FORK"] = "1"
+    environment["OMP_NUM_THREADS"] = str(engine.threads)
+    return environment
+
+
+def engine_gpus(engine: EngineConfig, index: int) -> tuple[int, ...]:
+    """The GPUs of replica ``index``: an even share of the model's, in order.
+
+    Raises:
+        ConfigError: the GPUs cannot be shared evenly.
+    """
+    share, rest = divmod(len(engine.gpus), engine.engines)
+    if rest:
+        raise ConfigError(
+            f"gpus is {list(engine.gpus)}, which {engine.engines} engines cannot share evenly; "
+            "give each engine the same number of GPUs"
+        )
+    return engine.gpus[index * share : (index + 1) * share]
+
+
+def router_command(
+    serving: ServingConfig, engine_urls: Sequence[str], *, port: int, prometheus_port: int
+) -> list[str]:
+    """The command line of the router of one model."""
+    return [
+        # -P: the folder of router.py stays out of sys.path.
+        *(serving.python, "-P", str(ROUTER_PROGRAM), "--worker-urls", *engine_urls),
+        *("--host", serving.host, "--port", str(port)),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(prometheus_port)),
+        # Prompts of one group share their prefix: the same engine has it in its cache.
+        *("--policy", "cache_aware" if len(engine_urls) > 1 else "round_robin"),
+        *("--request-timeout-secs", str(max(1, int(serving.request_timeout_seconds)))),
+        *("--worker-startup-check-interval", "1", "--shutdown-grace-period-secs", "1"),
+        # An engine that is paused for new weights answers no health check for a while.
+        *("--health-check-timeout-secs", "30"),
+        # The client retries, with new request ids; a router that retries as well multiplies the
+        # load, and its circuit breaker would keep a healthy engine shut for a minute.
+        *("--disable-retries", "--disable-circuit-breaker", "--log-level", "warn"),
+    ]
+
+
+def free_port(host: str) -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _cpu_arguments(engine: EngineConfig, folder: ModelFolder) -> list[str]:
+    """Flags without a GPU."""
+    running = engine.max_running_requests or CPU_RUNNING_REQUESTS
+    total = engine.max_total_tokens or default_cpu_tokens(engine, folder, running)
+    return [
+        # The only attention and sampling code that needs neither a GPU nor AMX.
+        *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+        "--cuda-graph-backend-decode=disabled",
+        "--cuda-graph-backend-prefill=disabled",
+        # Overlapping scheduler and model gains nothing where both use the same core.
+        "--disable-overlap-schedule",
+        *("--max-running-requests", str(running), "--max-total-tokens", str(total)),
+    ]
+
+
+def default_cpu_tokens(engine: EngineConfig, folder: ModelFolder, running: int) -> int:
+    """Tokens of key-value cache: what fits in the budget, but at least one whole sequence and at
+    most what all running requests can use."""
+    context = engine.context_length or folder.context_length
+    fitting = CPU_CACHE_BYTES // (4 * folder.key_value_numbers)
+    return max(min(fitting, running * context), context)
+
+
+def _dtype(engine: EngineConfig, folder: ModelFolder, device: Device) -> str:
+    """ "auto" is resolved here, because SGLang's own "auto" turns float32 weights into float16."""
+    if engine.dtype != "auto":
+        return engine.dtype
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if folder.dtype in ("float32", "None") else folder.dtype
+
+
+def _given(flag: str, value: int | None) -> list[str]:
+    return [] if value is None else [flag, str(value)]

@@ -1,0 +1,286 @@
+"""Starts a fleet, shows that its routes are right, watches it, and stops it without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import aiohttp
+
+from sod_mcore.config import ConfigError, EngineConfig, ServingConfig
+from sod_mcore.serving import launch, probe
+from sod_mcore.serving.children import Child, Children, wait_for_exit
+from sod_mcore.serving.client import EngineError
+from sod_mcore.serving.fleet import (
+    Endpoints,
+    FleetError,
+    ModelEndpoints,
+    endpoints_path,
+    process_start_ticks,
+    read_endpoints,
+    write_endpoints,
+)
+from sod_mcore.serving.front_door import FrontDoor
+from sod_mcore.serving.model_folder import ModelFolder, read_model_folder
+
+START_ATTEMPTS = 3
+"""Starts of one process whose port was taken by somebody else in the meantime."""
+POLL_SECONDS = 0.5
+PORT_LOST = re.compile(r"address already in use|port is already in use", re.IGNORECASE)
+
+Result = TypeVar("Result")
+
+
+class Fleet:
+    """Engines and routers of all models, and the front door before them.
+
+    Args:
+        serving: what to serve.
+        run_directory: receives ``serving/*.log`` and ``serving/endpoints.json``.
+        say: receives one line of progress at a time.
+    """
+
+    def __init__(
+        self, serving: ServingConfig, run_directory: Path, say: Callable[[str], None] = print
+    ) -> None:
+        self._serving = serving
+        self._run_directory = run_directory
+        self._say = say
+        self._device = launch.resolve_device(serving.device)
+        self._front_door: FrontDoor | None = None
+        self._is_ready = False
+        self.children = Children()
+
+    async def start(self) -> Endpoints:
+        """Start everything, probe every route and write the addresses.
+
+        Raises:
+            FleetError: a process died or did not become ready in time, or a route is wrong.
+            ConfigError: a model folder cannot be served, or another fleet serves this run.
+        """
+        self._refuse_second_fleet()
+        models = {"student": self._serving.student}
+        if self._serving.teacher is not None:
+            models["teacher"] = self._serving.teacher
+        folders = {
+            name: read_model_folder(f"serving.{name}.model_path", Path(engine.model_path))
+            for name, engine in models.items()
+        }
+        timeout = self._serving.start_timeout_seconds
+        try:
+            async with asyncio.timeout(timeout):
+                started = await _all_or_first_error(
+                    [self._start_model(name, models[name], folders[name]) for name in models]
+                )
+        except TimeoutError as error:
+            raise FleetError(
+                f"the engines were not ready within serving.start_timeout_seconds={timeout:g}; "
+                f"the last lines of their logs:\n{self._all_tails()}"
+            ) from error
+        self._front_door = FrontDoor(
+            {model.name: model.route for model in started},
+            host=self._serving.host,
+            port=self._serving.port,
+            timeout_seconds=self._serving.request_timeout_seconds,
+        )
+        endpoints = Endpoints(
+            front_door=await self._open_front_door(self._front_door),
+            models={model.name: model for model in started},
+            pid=os.getpid(),
+            process_start=process_start_ticks(os.getpid()) or 0,
+            hostname=socket.gethostname(),
+        )
+        await self._probe(endpoints)
+        write_endpoints(endpoints, self._run_directory)
+        self._is_ready = True
+        return endpoints
+
+    async def watch(self, ignored: Sequence[Child] = ()) -> None:
+        """Return never; wait for a death.
+
+        Raises:
+            FleetError: one of the processes has ended.
+        """
+        while True:
+            for child in self.children.dead():
+                if child not in ignored:
+                    raise FleetError(_death(child))
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def stop(self) -> None:
+        """Remove the addresses and end every process."""
+        if self._is_ready:
+            endpoints_path(self._run_directory).unlink(missing_ok=True)
+            self._is_ready = False
+        if self._front_door is not None:
+            await self._front_door.stop()
+        self.children.stop()
+
+    def _refuse_second_fleet(self) -> None:
+        try:
+            running = read_endpoints(self._run_directory)
+        except FleetError:
+            return
+        raise ConfigError(
+            f"process {running.pid} on {running.hostname} already serves "
+            f"run.directory={self._run_directory}; stop it or take another directory"
+        )
+
+    async def _start_model(
+        self, name: str, engine: EngineConfig, folder: ModelFolder
+    ) -> ModelEndpoints:
+        begin = time.monotonic()
+        if engine.addresses:
+            urls = [address.rstrip("/") for address in engine.addresses]
+            self._say(f"{name}: waiting for {', '.join(urls)}")
+            await _all_or_first_error([self._until_ready(f"{url}/health") for url in urls])
+        else:
+            self._say(
+                f"{name}: starting {engine.engines} engine(s) on {self._device} "
+                f"with {engine.model_path}"
+            )
+            urls = await _all_or_first_error(
+                [self._start_engine(name, engine, folder, i) for i in range(engine.engines)]
+            )
+        if len(urls) == 1 and engine.addresses:
+            route = urls[0]
+        else:
+            route = await self._start_router(name, urls)
+        context_length = min([await self._context_length(url) for url in urls])
+        self._say(f"{name}: ready at {route} after {time.monotonic() - begin:.0f} s")
+        return ModelEndpoints(
+            name=name,
+            route=route,
+            engines=tuple(urls),
+            model_path=engine.model_path,
+            context_length=context_length,
+            vocab_size=folder.vocab_size,
+        )
+
+    async def _start_engine(
+        self, name: str, engine: EngineConfig, folder: ModelFolder, index: int
+    ) -> str:
+        place = launch.EnginePlace(name, index, self._device)
+
+        def command(port: int) -> list[str]:
+            return launch.engine_command(self._serving, engine, folder, place, port)
+
+        environment = launch.engine_environment(engine, place)
+        return await self._start_server(f"{name}_engine_{index}", command, "/health", environment)
+
+    async def _start_router(self, name: str, engine_urls: Sequence[str]) -> str:
+        def command(port: int) -> list[str]:
+            prometheus_port = launch.free_port("127.0.0.1")
+            return launch.router_command(
+                self._serving, engine_urls, port=port, prometheus_port=prometheus_port
+            )
+
+        return await self._start_server(f"{name}_router", command, "/readiness")
+
+    async def _start_server(
+        self,
+        name: str,
+        command: Callable[[int], list[str]],
+        ready_path: str,
+        environment: dict[str, str] | None = None,
+    ) -> str:
+        """Start a server on a free port, again if the port is lost; returns its base URL."""
+        log_path = self._run_directory / "serving" / f"{name}.log"
+        for attempt in range(1, START_ATTEMPTS + 1):
+            port = launch.free_port(self._serving.host)
+            try:
+                child = self.children.start(
+                    name, command(port), environment=environment, log_path=log_path
+                )
+            except OSError as error:
+                raise FleetError(
+                    f"serving.python is {self._serving.python!r}, which cannot be started: {error}"
+                ) from error
+            url = f"http://{self._serving.host}:{port}"
+            if await self._until_ready(url + ready_path, child):
+                return url
+            if attempt == START_ATTEMPTS or not PORT_LOST.search(child.log_tail(lines=100)):
+                raise FleetError(_death(child))
+            self._say(f"{name}: port {port} was taken meanwhile; starting again on another")
+            self.children.forget(child)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _until_ready(self, url: str, child: Child | None = None) -> bool:
+        """Wait until ``url`` answers 200; False if ``child`` ends before."""
+        async with aiohttp.ClientSession() as session:
+            while child is None or child.exit_code is None:
+                if await _answers(session, url):
+                    return True
+                await asyncio.sleep(POLL_SECONDS)
+        return False
+
+    async def _context_length(self, engine_url: str) -> int:
+        """What the engine itself says; it may be shorter than the model's own."""
+        timeout = aiohttp.ClientTimeout(total=30)
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(f"{engine_url}/v1/models") as response,
+        ):
+            response.raise_for_status()
+            models = await response.json()
+        return int(models["data"][0]["max_model_len"])
+
+    async def _open_front_door(self, front_door: FrontDoor) -> str:
+        try:
+            return await front_door.start()
+        except OSError as error:
+            raise FleetError(
+                f"serving.port is {self._serving.port}, which cannot be opened: {error}; 0 picks a "
+                "free port"
+            ) from error
+
+    async def _probe(self, endpoints: Endpoints) -> None:
+        try:
+            await probe.check_routes(
+                endpoints,
+                tolerance=self._serving.probe_tolerance,
+                timeout_seconds=self._serving.request_timeout_seconds,
+            )
+        except EngineError as error:
+            raise FleetError(f"the probe failed: {error}\n{self._all_tails()}") from error
+
+    def _all_tails(self) -> str:
+        folder = self._run_directory / "serving"
+        return "\n".join(
+            f"--- {path}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-10:])
+            for path in sorted(folder.glob("*.log"))
+        )
+
+
+def _death(child: Child) -> str:
+    exit_code = wait_for_exit(child, 1.0)
+    return (
+        f"{child.name} ended with exit code {exit_code}; the last lines of {child.log_path}:\n"
+        f"{child.log_tail()}"
+    )
+
+
+async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
+    timeout = aiohttp.ClientTimeout(total=30, sock_connect=2)
+    try:
+        async with session.get(url, timeout=timeout) as response:
+            return response.status == 200
+    except (aiohttp.ClientError, TimeoutError, ConnectionError):
+        return False
+
+
+async def _all_or_first_error(pending: Sequence[Awaitable[Result]]) -> list[Result]:
+    """Await all at once; the first error ends the others and is raised."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in pending]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

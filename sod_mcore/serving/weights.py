@@ -1,0 +1,155 @@
+"""Gives the student's engines new weights and confirms that they have them.
+
+Called by the trainer, which is synchronous. Weights go to each engine directly: a router would
+reach only one of them. Only the student's engines may be addressed; the teacher never changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sod_mcore.serving.client import EngineClient, EngineError, parse_weight_version
+from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.scoring import score
+
+TRAINED_MODEL = "student"
+
+
+class WeightUpdateError(Exception):
+    """An engine does not have the new weights; nothing may be generated until it has."""
+
+
+def update_from_disk(
+    endpoints: Endpoints,
+    model: str,
+    folder: Path,
+    version: int,
+    timeout: float,
+    *,
+    running_requests: Literal["continue", "abort"] = "continue",
+) -> None:
+    """Make every engine of ``model`` load ``folder``, and confirm the version that each reports.
+
+    Generation stands still meanwhile, and the prefix cache, which holds the old weights' keys and
+    values, is emptied. When an engine fails, all of them stay paused: a second call may mend that.
+
+    Args:
+        endpoints: the fleet.
+        model: must be "student".
+        folder: Hugging Face folder that the engines can read, of the same architecture.
+        version: number of the weights, which each later answer carries.
+        timeout: longest wait in seconds for all engines together.
+        running_requests: "continue" computes their prefix anew with the new weights and goes on;
+            the answer says which version sampled which token. "abort" ends them.
+
+    Raises:
+        ValueError: ``model`` is not the student, or ``version`` is negative.
+        WeightUpdateError: an engine refused, did not answer in time, or reports another version.
+    """
+    _require_student(model)
+    if version < 0:
+        raise ValueError(f"version is {version}; versions count from 0")
+    mode = "retract" if running_requests == "continue" else "abort"
+    asyncio.run(_update_all(endpoints, model, folder.resolve(), version, timeout, mode))
+
+
+def weight_versions(endpoints: Endpoints, model: str, timeout: float) -> tuple[int, ...]:
+    """The weight version that each engine of ``model`` reports.
+
+    Raises:
+        EngineError: an engine did not answer.
+    """
+
+    async def ask_all() -> tuple[int, ...]:
+        async with _client(endpoints, timeout) as client:
+            urls = endpoints.model(model).engines
+            return tuple(await asyncio.gather(*(_reported_version(client, url) for url in urls)))
+
+    return asyncio.run(ask_all())
+
+
+def probe_logprobs(
+    endpoints: Endpoints, model: str, token_ids: Sequence[int], timeout: float
+) -> NDArray[np.float32]:
+    """Log-probs ``[engines, T]`` of ``token_ids`` on each engine of ``model`` (entry 0 is NaN).
+
+    The trainer compares them with its own: that, and not the version alone, shows that an engine
+    holds the trainer's weights.
+
+    Raises:
+        EngineError: an engine did not answer.
+        ScoringError: an answer cannot be trusted.
+    """
+
+    async def score_all() -> NDArray[np.float32]:
+        rows = []
+        for url in endpoints.model(model).engines:
+            direct = dataclasses.replace(endpoints.model(model), route=url)
+            alone = dataclasses.replace(endpoints, models={model: direct})
+            async with _client(alone, timeout) as client:
+                rows.append((await score(client, model, token_ids, prompt_length=1)).logprobs)
+        return np.stack(rows)
+
+    return asyncio.run(score_all())
+
+
+async def _update_all(
+    endpoints: Endpoints, model: str, folder: Path, version: int, timeout: float, mode: str
+) -> None:
+    urls = endpoints.model(model).engines
+    async with _client(endpoints, timeout) as client:
+        try:
+            async with asyncio.timeout(timeout):
+                # All are paused before any is changed, so that no request meets mixed replicas.
+                await _to_all(client, urls, "pause_generation", {"mode": mode})
+                request = {
+                    "model_path": str(folder),
+                    "weight_version": str(version),
+                    "flush_cache": True,
+                }
+                await _to_all(client, urls, "update_weights_from_disk", request)
+                for url in urls:
+                    await _confirm(client, url, version)
+                await _to_all(client, urls, "continue_generation", {})
+        except TimeoutError as error:
+            raise WeightUpdateError(
+                f"{model}: the engines did not load {folder} within {timeout:g} s"
+            ) from error
+        except EngineError as error:
+            raise WeightUpdateError(
+                f"{model}: version {version} was not loaded: {error}"
+            ) from error
+
+
+async def _to_all(
+    client: EngineClient, urls: Sequence[str], endpoint: str, request: dict[str, object]
+) -> None:
+    await asyncio.gather(*(client.post(f"{url}/{endpoint}", request) for url in urls))
+
+
+async def _confirm(client: EngineClient, url: str, version: int) -> None:
+    reported = await _reported_version(client, url)
+    if reported != version:
+        raise WeightUpdateError(
+            f"{url} took weight version {version} but reports version {reported}"
+        )
+
+
+async def _reported_version(client: EngineClient, url: str) -> int:
+    return parse_weight_version((await client.get(f"{url}/model_info"))["weight_version"])
+
+
+def _client(endpoints: Endpoints, timeout: float) -> EngineClient:
+    return EngineClient(endpoints, request_timeout_seconds=timeout)
+
+
+def _require_student(model: str) -> None:
+    if model != TRAINED_MODEL:
+        raise ValueError(f"model is {model!r}; only the weights of {TRAINED_MODEL!r} ever change")
