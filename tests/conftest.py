@@ -1,4 +1,4 @@
-"""Where CI=true (`make test`), a skipped test or module is a failure: what is skipped is not tested."""
+"""Where CI=true (`make test`), a skipped test or module fails: what is skipped is not tested."""
 
 from __future__ import annotations
 
