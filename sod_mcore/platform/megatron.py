@@ -53,7 +53,7 @@ def prepare_megatron() -> None:
         PatchingFinder(
             patches,
             for_every_module=megatron_cpu.rebind_torch,
-            around={name: megatron_cpu.triton_stub for name in megatron_cpu.IMPORTS_TRITON},
+            around=dict.fromkeys(megatron_cpu.IMPORTS_TRITON, megatron_cpu.triton_stub),
         ),
     )
 

@@ -23,7 +23,7 @@ def fix_distributed_optimizer(module: ModuleType) -> None:
     tensor to all parameters, so that each parameter's update counts it up and Adam's bias
     correction is silently wrong from the second update after a resume.
     """
-    optimizer = module.DistributedOptimizer  # type: ignore[attr-defined]
+    optimizer = module.DistributedOptimizer
     set_states = optimizer._set_main_param_and_optimizer_states
     load_state_dict = optimizer.load_state_dict
 
@@ -51,7 +51,7 @@ def vectorize_packed_rope(module: ModuleType) -> None:
     sequences spends more time there than in its matrix products. One gather gives the same numbers.
     Rows split by context parallelism keep the stock function.
     """
-    stock = module._apply_rotary_pos_emb_thd  # type: ignore[attr-defined]
+    stock = module._apply_rotary_pos_emb_thd
 
     @functools.wraps(stock)
     def apply(
@@ -66,7 +66,7 @@ def vectorize_packed_rope(module: ModuleType) -> None:
         )  # [total]
         positions = torch.arange(total, device=t.device) - starts
         del kwargs["cp_group"]
-        return module._apply_rotary_pos_emb_bshd(  # type: ignore[attr-defined]
+        return module._apply_rotary_pos_emb_bshd(
             t.unsqueeze(1), freqs[positions], **kwargs
         ).squeeze(1)
 

@@ -48,14 +48,15 @@ def read_architecture(model_path: str | Path) -> Architecture:
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise ConfigError(
-            f"student.model_path is {str(model_path)!r}: {path} does not exist; give a Hugging Face "
-            "folder with config.json and *.safetensors"
+            f"student.model_path is {str(model_path)!r}: {path} does not exist; give a Hugging "
+            "Face folder with config.json and *.safetensors"
         )
     values: dict[str, Any] = json.loads(path.read_text())
     name = (values.get("architectures") or ["none"])[0]
     if name not in SUPPORTED:
         raise ConfigError(
-            f"student.model_path: {path} says architecture {name}; supported: {', '.join(SUPPORTED)}"
+            f"student.model_path: {path} says architecture {name}; supported: "
+            f"{', '.join(SUPPORTED)}"
         )
     _refuse_unsupported(path, values)
     heads = int(values["num_attention_heads"])

@@ -74,9 +74,8 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
     Returns:
         the ``progress`` it was saved with, or None if there is no checkpoint.
     """
-    name = broadcast_from_rank0(
-        _newest_complete(directory) if state.layout.rank == 0 else None, state.layout.world_group
-    )
+    newest = (_newest_complete(directory),) if state.layout.rank == 0 else None
+    (name,) = broadcast_from_rank0(newest, state.layout.world_group)
     if name is None:
         return None
     folder = directory / name

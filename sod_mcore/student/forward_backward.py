@@ -1,9 +1,9 @@
 """Run Megatron's schedules over a replica's micro-batches: training, and log-probs alone.
 
-The schedule (1F1B over pipeline stages, or a plain loop) is Megatron's. Losses are sums over tokens;
-``finalize_model_grads`` divides the gradients by the number of loss tokens of the whole mini-batch
-over all replicas and micro-batches (``calculate_per_token_loss``), so the result depends neither on
-how trajectories are spread over replicas nor on how they are packed.
+The schedule (1F1B over pipeline stages, or a plain loop) is Megatron's. Losses are sums over
+tokens; ``finalize_model_grads`` divides the gradients by the number of loss tokens of the whole
+mini-batch over all replicas and micro-batches (``calculate_per_token_loss``), so the result depends
+neither on how trajectories are spread over replicas nor on how they are packed.
 """
 
 from __future__ import annotations

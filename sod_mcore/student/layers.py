@@ -1,7 +1,7 @@
 """RMSNorm for Megatron's local layer specification.
 
-Megatron's own norm without TransformerEngine refuses sequence parallelism; this one marks its weight
-so that ``finalize_model_grads`` sums its gradient over the tensor-parallel ranks.
+Megatron's own norm without TransformerEngine refuses sequence parallelism; this one marks its
+weight so that ``finalize_model_grads`` sums its gradient over the tensor-parallel ranks.
 """
 
 from __future__ import annotations

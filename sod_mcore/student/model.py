@@ -1,4 +1,4 @@
-"""Build the student: GPTModel on the local layer specification, wrapped for mixed precision and DDP."""
+"""Build the student: GPTModel on local layers, wrapped for mixed precision and data parallelism."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def build_model(
 
 
 def layer_specification(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Megatron's local layers with this package's RMSNorm and attention, for this pipeline stage."""
+    """Megatron's local layers with this package's RMSNorm and attention, for this stage."""
     layer = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )

@@ -8,6 +8,7 @@ divide.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,22 @@ VOCABULARY_DIVISOR = 128
 """Rows of the embedding are padded to a multiple of this times the tensor-parallel size, as in
 Megatron's own training; padded columns never enter a normaliser or an exported checkpoint."""
 
-_FROM_CONFIG_JSON = frozenset(
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-    "layernorm_epsilon qk_layernorm add_qkv_bias add_bias_linear gated_linear_unit activation_func "
-    "normalization".split()
+_FROM_CONFIG_JSON = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "layernorm_epsilon",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "add_bias_linear",
+    "gated_linear_unit",
+    "activation_func",
+    "normalization",
 )
-_FROM_PRECISION = frozenset({"bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype"})
+_FROM_PRECISION = ("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype")
 _ONLY_VALUE: dict[str, tuple[Any, str]] = {
     "calculate_per_token_loss": (True, "losses are means over the tokens of the mini-batch"),
     "context_parallel_size": (1, "attention without TransformerEngine cannot split a sequence"),
@@ -97,8 +108,8 @@ def check_layout(
     for field in student.megatron:
         if field in _FROM_CONFIG_JSON:
             raise ConfigError(
-                f"student.megatron.{field} is {student.megatron[field]!r}, but this field comes from "
-                f"the model's config.json; remove it"
+                f"student.megatron.{field} is {student.megatron[field]!r}, but this field comes "
+                "from the model's config.json; remove it"
             )
         if field in _FROM_PRECISION:
             raise ConfigError(f"student.megatron.{field}: set student.precision instead")
@@ -185,8 +196,6 @@ def _check_names(section: str, values: Mapping[str, Any], target: type) -> None:
 
 
 def _suggestion(name: str, allowed: set[str]) -> str:
-    import difflib
-
     close = difflib.get_close_matches(name, sorted(allowed), n=3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
@@ -246,6 +255,6 @@ def _check_divisibility(
         )
     if megatron.get("sequence_parallel") and sizes.tensor == 1:
         raise ConfigError(
-            "student.megatron.sequence_parallel is true with tensor_model_parallel_size 1; remove it "
-            "or raise tensor_model_parallel_size"
+            "student.megatron.sequence_parallel is true with tensor_model_parallel_size 1; remove "
+            "it or raise tensor_model_parallel_size"
         )

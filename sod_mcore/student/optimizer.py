@@ -1,4 +1,4 @@
-"""Megatron's optimizer and learning-rate schedule, from :class:`sod_mcore.config.OptimizerConfig`."""
+"""Megatron's optimizer and learning-rate schedule, from the ``optimizer`` section."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def build_schedule(
 ) -> OptimizerParamScheduler:
     """Warm-up from 0 to ``lr``, then a constant, linear or cosine course to ``min_lr``.
 
-    Update ``u`` (from 1) uses the schedule's value at ``u`` of ``total_updates + 1``, so neither the
-    first update of a warm-up nor the last of a decay to 0 is wasted on a rate of 0.
+    Update ``u`` (from 1) uses the schedule's value at ``u`` of ``total_updates + 1``, so neither
+    the first update of a warm-up nor the last of a decay to 0 is wasted on a rate of 0.
 
     Raises:
         ConfigError: the warm-up is not shorter than the run.

@@ -1,8 +1,8 @@
-"""From the last hidden states to one number per token: what ``GPTModel`` calls as output processor.
+"""From the last hidden states to one number per token: the output processor of ``GPTModel``.
 
-``GPTModel.forward(output_processor=..., output_processor_context=...)`` hands over the hidden states
-before any logits exist. Only the rows that carry loss go through the output layer, so prompt and
-tool-output tokens cost no logits, and there is no float32 copy of the logits.
+``GPTModel.forward(output_processor=..., output_processor_context=...)`` hands over the hidden
+states before any logits exist. Only the rows that carry loss go through the output layer, so prompt
+and tool-output tokens cost no logits, and there is no float32 copy of the logits.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 from sod_mcore import ops
 from sod_mcore.student.packing import LossRows
+
+TERM_PREFIX = "terms/"
+"""Marks the summands of the loss among the sums."""
 
 
 @dataclass
@@ -96,7 +99,7 @@ def token_losses(
         "clip_fraction": (result.is_clipped & ~is_dual_clipped).sum(),
         "dual_clip_fraction": is_dual_clipped.sum(),
         "approx_kl": (old_logprobs - result.logprobs).sum(),
-        **{f"terms/{name}": values.sum() for name, values in result.terms.items()},
+        **{f"{TERM_PREFIX}{name}": values.sum() for name, values in result.terms.items()},
     }
     return result.token_loss
 

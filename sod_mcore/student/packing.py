@@ -1,7 +1,8 @@
 """From examples to the tensors of one micro-batch: the one place where targets are shifted.
 
-The model's output at position ``t - 1`` predicts token ``t``. So the token at ``t`` that carries loss
-becomes the row ``t - 1`` of its sequence, and its target, advantage and so on are read at ``t``.
+The model's output at position ``t - 1`` predicts token ``t``. So the token at ``t`` that carries
+loss becomes the row ``t - 1`` of its sequence, and its target, advantage and so on are read at
+``t``.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from sod_mcore.student.exchange import gather_to_rank0, sum_over_ranks
 from sod_mcore.student.forward_backward import MicroBatches, Schedule
 from sod_mcore.student.model import build_model, unwrap
 from sod_mcore.student.optimizer import build_optimizer, build_schedule
+from sod_mcore.student.output import TERM_PREFIX
 from sod_mcore.student.parallel_state import ParallelLayout, current_layout, seed_everything
 
 EXPORT_BUCKET_BYTES = 1 << 30
@@ -184,14 +185,14 @@ class Student:
         checkpoint.save(self._state(), Path(directory), step, progress, keep=keep)
 
     def load_checkpoint(self, directory: str | Path) -> dict[str, Any] | None:
-        """Continue from the newest complete checkpoint; its ``progress``, or None if there is none."""
+        """Continue from the newest complete checkpoint; its ``progress``, or None without one."""
         return checkpoint.load_newest(self._state(), Path(directory))
 
     def _state(self) -> checkpoint.TrainingState:
         return checkpoint.TrainingState(self.model, self.optimizer, self.schedule, self.layout)
 
     def _wait_for_parameters(self) -> None:
-        """With overlapped gathering, weights are stale until the next forward pass asks for them."""
+        """With overlapped gathering, weights are stale until the next forward pass needs them."""
         if self.model.ddp_config.overlap_param_gather:
             self.model.start_param_sync(force_sync=True)
 
@@ -208,15 +209,19 @@ class Student:
         totals = sum_over_ranks(sums if self.layout.reports_loss else {}, self.layout.world_group)
         means = {name: total / num_tokens for name, total in totals.items()}
         return UpdateResult(
-            **{name: value for name, value in means.items() if not name.startswith("terms/")},
-            terms={
-                name.removeprefix("terms/"): value
-                for name, value in means.items()
-                if name.startswith("terms/")
-            },
+            loss=means["loss"],
             grad_norm=float(grad_norm or 0.0),
             lr=lr,
             num_tokens=num_tokens,
+            entropy=means["entropy"],
+            clip_fraction=means.get("clip_fraction", 0.0),
+            dual_clip_fraction=means.get("dual_clip_fraction", 0.0),
+            approx_kl=means.get("approx_kl", 0.0),
+            terms={
+                name.removeprefix(TERM_PREFIX): value
+                for name, value in means.items()
+                if name.startswith(TERM_PREFIX)
+            },
         )
 
     def _count_tokens(self, micro_batches: Sequence[Sequence[TrainingExample]]) -> int:

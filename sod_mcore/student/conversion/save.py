@@ -85,13 +85,14 @@ def _write_weights(
         tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in bucket}
         path = folder / f"part-{len(files):05d}.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # engines may run as another user
         files.append((path, list(tensors)))
         total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         dtype = next(iter(tensors.values())).dtype
     if len(files) == 1:
         files[0][0].rename(folder / "model.safetensors")
         return dtype
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(files, start=1):
         final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         path.rename(folder / final)
