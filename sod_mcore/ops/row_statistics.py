@@ -1,6 +1,6 @@
 """Log-softmax statistics of vocabulary shards, computed by the C++ extension on the CPU.
 
-One pass over each row of a shard gives three numbers, and the numbers of all shards give log-probs
+Each row of a shard is summarised by three numbers, and the numbers of all shards give log-probs
 and entropies of the whole vocabulary: no copy of the logits is ever made, in float32 or otherwise.
 Forward only and single-threaded. Training does not use it; it is an independent check of the eager
 operations, and the place where a fused one starts.

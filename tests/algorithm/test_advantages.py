@@ -30,9 +30,11 @@ def test_grpo_vectors(rewards: list[float], expected: list[float]) -> None:
     assert advantages.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("reward", [-1.1, 0.1])
 @pytest.mark.parametrize("size", [2, 3, 7, 16])
-def test_equal_rewards_give_exactly_zero(size: int) -> None:
-    advantages = grpo_advantages(torch.full((size,), -1.1), torch.zeros(size).long())
+def test_equal_rewards_give_exactly_zero(reward: float, size: int) -> None:
+    rewards = torch.full((size,), reward, dtype=torch.float64)
+    advantages = grpo_advantages(rewards, torch.zeros(size).long())
     assert advantages.tolist() == [0.0] * size
 
 
