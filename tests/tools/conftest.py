@@ -25,6 +25,6 @@ def nothing_left_behind() -> Iterator[None]:
 @pytest_asyncio.fixture
 async def sandbox(nothing_left_behind: None) -> AsyncIterator[Sandbox]:
     """Small limits, so that breaking them is quick."""
-    limits = SandboxLimits(wall_seconds=3.0, cpu_seconds=3)
+    limits = SandboxLimits(wall_seconds=5.0, cpu_seconds=3)
     async with asyncio.timeout(120), Sandbox(limits, warm_count=1) as sandbox:
         yield sandbox

@@ -40,8 +40,11 @@ def descendants(pid: int | None = None) -> set[int]:
 
 
 def executable(pid: int) -> str:
-    """The first word of a process's command line; empty for a zombie."""
-    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+    """The first word of a process's command line; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def reap_orphans(seconds: float) -> int:

@@ -80,7 +80,7 @@ class TestResources:
         assert result.status == "timeout"
         assert result.return_code is None
         assert result.stdout == "before\n"
-        assert 3.0 <= result.wall_seconds < 10.0
+        assert 5.0 <= result.wall_seconds < 15.0
 
     async def test_ignoring_signals(self, sandbox: Sandbox) -> None:
         result = await run(
@@ -299,7 +299,7 @@ class TestOthers:
             """,
         )
         assert result.stdout == "done\n"
-        assert result.wall_seconds < 2.0
+        assert result.status == "finished"
 
     async def test_closing_the_pipes_does_not_hide(self, sandbox: Sandbox) -> None:
         result = await sandbox.run("import os, time\nos.close(1); os.close(2); time.sleep(60)")
