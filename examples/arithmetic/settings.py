@@ -1,0 +1,134 @@
+"""Every number of the arithmetic recipe: problems, demonstrations, tokenizer, models.
+
+``recipe.yaml`` overrides these defaults; ``key=value`` on a script's command line overrides both.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from sod_mcore.config import STRICT, Fraction, NonNegative, Positive
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class FamilyShares:
+    """Relative frequency of each kind of problem."""
+
+    chain_sum: Fraction = 0.40
+    """Sums and differences of two or three numbers of up to three digits."""
+    products: Fraction = 0.15
+    """Products of two numbers of up to three digits."""
+    basic_arithmetic: Fraction = 0.10
+    """One operation on two numbers of up to two digits."""
+    two_step: Fraction = 0.35
+    """A sum, then an operation on its result: the second call depends on the first."""
+
+    @model_validator(mode="after")
+    def _check_some(self) -> FamilyShares:
+        if self.chain_sum + self.products + self.basic_arithmetic + self.two_step <= 0:
+            raise ValueError("at least one family must have a share above 0")
+        return self
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class AgentHabits:
+    """How an agent works in its demonstrations, good and bad."""
+
+    conversations: Positive
+    """Demonstrations written."""
+    fails: Fraction = 0.0
+    """Probability that the first call of a step fails."""
+    fails_again: Fraction = 0.3
+    """Probability that the call after a failing one fails too."""
+    max_failing_calls: NonNegative = 2
+    """Failing calls in one step at most."""
+    learns_failing_calls: bool = True
+    """Whether failing calls carry loss; if not, only their repair is learned."""
+    gives_up: Fraction = 0.0
+    """Probability of giving up after the failing calls of a step."""
+    stops_early: Fraction = 0.0
+    """Probability of giving the result of the first of two steps as the answer."""
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class DataSettings:
+    """What ``make_data.py`` writes."""
+
+    seed: int = 1
+    """Seeds problems and demonstrations."""
+    train_prompts: Positive = 4096
+    """Prompts for reinforcement learning."""
+    eval_prompts: Positive = 512
+    """Held-out prompts; no other file has one of their questions."""
+    copy_rows: Positive = 20000
+    """Single turns in which only copying is practised; the first stage of fine-tuning."""
+    copy_questions: Fraction = 0.75
+    """Share of those that copy a question into a call; the others copy a result into an answer."""
+    families: FamilyShares = Field(default_factory=FamilyShares)
+    teacher: AgentHabits = Field(
+        default_factory=lambda: AgentHabits(
+            conversations=30000, fails=0.35, learns_failing_calls=False
+        )
+    )
+    """A careful agent that knows how to repair a failing call."""
+    student: AgentHabits = Field(
+        default_factory=lambda: AgentHabits(
+            conversations=2500, fails=0.45, gives_up=0.35, stops_early=0.6
+        )
+    )
+    """A sloppy agent: what distillation is to mend."""
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class TokenizerSettings:
+    """What ``make_tokenizer.py`` trains."""
+
+    vocab_size: Positive = 2000
+    """Upper bound; merges rarer than ``min_frequency`` are not made."""
+    min_frequency: Positive = 40
+    """Occurrences that a merge needs."""
+    number_weight: Positive = 60
+    """How often each number of up to three digits is added, so that all become one token."""
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class ModelSettings:
+    """A small Qwen3."""
+
+    hidden_size: Positive
+    """Width of the residual stream."""
+    intermediate_size: Positive
+    """Width of the MLP."""
+    num_hidden_layers: Positive = 2
+    """Layers."""
+    num_attention_heads: Positive = 4
+    """Query heads."""
+    num_key_value_heads: Positive = 2
+    """Key and value heads."""
+    head_dim: Positive = 32
+    """Width of a head."""
+    max_position_embeddings: Positive = 1024
+    """Longest sequence."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary embedding."""
+    embedding_gain: Annotated[float, Field(gt=0)] = 10.0
+    """Standard deviation of the embedding, times hidden_size."""
+    seed: int = 1
+    """Seeds the weights."""
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class ArithmeticSettings:
+    """The whole recipe."""
+
+    data: DataSettings = Field(default_factory=DataSettings)
+    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
+    teacher: ModelSettings = Field(
+        default_factory=lambda: ModelSettings(hidden_size=128, intermediate_size=320)
+    )
+    student: ModelSettings = Field(
+        default_factory=lambda: ModelSettings(hidden_size=64, intermediate_size=128)
+    )
