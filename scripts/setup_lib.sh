@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the set-up scripts (sourced, not run): what the machine must have, and virtual
 # environments that are left alone when nothing they are made from has changed.
 #

@@ -22,8 +22,7 @@ if ! is_current $environment requirements "$wanted"; then
 fi
 
 mapfile -t sources < <(find csrc -type f | LC_ALL=C sort)
-for file in setup.py; do [ ! -f "$file" ] || sources+=("$file"); done
-wanted=$(fingerprint pyproject.toml "${sources[@]}")
+wanted=$(fingerprint pyproject.toml setup.py "${sources[@]}")
 if ! is_current $environment package "$wanted"; then
     say "$environment: this package (compiles csrc/)"
     "$environment/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
