@@ -136,6 +136,8 @@ def _cpu_arguments(engine: EngineConfig, folder: ModelFolder) -> list[str]:
         "--cuda-graph-backend-prefill=disabled",
         # Overlapping scheduler and model gains nothing where both use the same core.
         "--disable-overlap-schedule",
+        # An idle scheduler otherwise polls in a loop and takes the trainer's core.
+        "--sleep-on-idle",
         *("--max-running-requests", str(running), "--max-total-tokens", str(total)),
     ]
 
