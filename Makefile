@@ -26,8 +26,8 @@ demo: setup ## set up, then run the arithmetic example from data to evaluation
 test: setup-dev ## set up, then lint, types and tests
 	scripts/check.sh
 
-test-long: setup-dev ## set up, then the tests marked long
-	CI=true .venv/bin/python -m pytest -m long
+test-long: setup-dev ## set up, then only the tests marked long
+	CI=true OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m long --durations=0
 
 docs: setup-dev ## regenerate docs/config_reference.yaml
 	.venv/bin/python -m sod_mcore.config_help > docs/.config_reference.yaml.tmp

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# The checks that every change must pass: lint, formatting, types, and all tests not marked long.
-# Arguments go to pytest instead: `scripts/check.sh -m long`, `scripts/check.sh tests/report`.
+# The checks that every change must pass: lint, formatting, types, and all tests.
+# Arguments go to pytest: `scripts/check.sh -m "not long"`, `scripts/check.sh tests/report`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
 export CI=true # tests/conftest.py: a skipped test fails
-[ $# -gt 0 ] || set -- -m "not long"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 $python -m ruff check .
