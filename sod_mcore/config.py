@@ -45,6 +45,8 @@ class RunConfig:
     """Newest checkpoints kept; older ones are deleted after a new one is complete."""
     resume: Literal["auto", "never"] = "auto"
     """"auto" continues from the newest complete checkpoint in ``directory``."""
+    export: str | None = None
+    """Hugging Face folder that receives the final weights; null exports none."""
     record: str | None = None
     """Folder that receives each step's trajectories as a recorded batch."""
     replay: str | None = None
@@ -280,6 +282,9 @@ class ServingConfig:
     """Interface that every server of ours binds to."""
     port: NonNegative = 0
     """Port of the front door; 0 picks a free one."""
+    directory: str | None = None
+    """Folder of the addresses and the engines' logs; null takes run.directory. Runs that name the
+    same folder share the engines, one after the other."""
     start_timeout_seconds: Seconds = 600.0
     """Longest wait until every engine answers."""
     request_timeout_seconds: Seconds = 300.0
@@ -342,6 +347,12 @@ class SodConfig:
     chat: ChatConfig = Field(default_factory=ChatConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+
+    @property
+    def serving_directory(self) -> Path:
+        """Folder of the engines' addresses."""
+        shared = self.serving.directory if self.serving is not None else None
+        return Path(shared or self.run.directory)
 
     @property
     def needs_teacher(self) -> bool:

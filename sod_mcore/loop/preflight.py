@@ -16,8 +16,9 @@ from sod_mcore.data.overlap import OverlapError, assert_disjoint
 from sod_mcore.data.parquet import DataError
 from sod_mcore.data.prompts import question_text, read_prompts
 from sod_mcore.loop.training_examples import make_objective
+from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
-from sod_mcore.serving.weights import check_reachable
+from sod_mcore.serving.weights import weight_versions
 from sod_mcore.student.model_config import check_layout
 
 REACHABLE_TIMEOUT_SECONDS = 10.0
@@ -37,7 +38,7 @@ def check_before_launch(config: SodConfig) -> str | None:
             check_files(config)
             check_data(config)
             check_engines(config)
-    except (ConfigError, DataError, FleetError, OverlapError) as error:
+    except (ConfigError, DataError, EngineError, FleetError, OverlapError) as error:
         return str(error)
     return None
 
@@ -126,10 +127,12 @@ def live_endpoints(config: SodConfig) -> Endpoints:
     """The running fleet.
 
     Raises:
-        FleetError: it was not started, or an engine does not answer.
+        FleetError: it was not started.
+        EngineError: an engine does not answer.
     """
-    endpoints = read_endpoints(Path(config.run.directory))
-    check_reachable(endpoints, REACHABLE_TIMEOUT_SECONDS)
+    endpoints = read_endpoints(config.serving_directory)
+    for name in endpoints.models:
+        weight_versions(endpoints, name, REACHABLE_TIMEOUT_SECONDS)
     return endpoints
 
 

@@ -179,9 +179,11 @@ class Session:
         return should_stop
 
     def finish(self) -> None:
-        """Save what has not been saved, and say how the run ended."""
+        """Save what has not been saved, export finished weights, and say how the run ended."""
         if self._saved_steps != self._completed_steps:
             self.save_checkpoint()
+        if self.config.run.export is not None and self._completed_steps == self.config.run.steps:
+            self.student.export_hf(self.config.run.export)
         if self._reporter is not None:
             self._reporter.end(self._completed_steps, self.config.run.steps, self._stop.reason)
 
@@ -221,7 +223,7 @@ def open_session(config: SodConfig, stack: ExitStack) -> Session:
     stop = StopRequest(Path(config.run.stop_file or directory / "stop"))
     is_rank_zero = os.environ.get("RANK", "0") == "0"
     is_live = config.run.replay is None
-    endpoints = read_endpoints(directory) if is_live and is_rank_zero else None
+    endpoints = read_endpoints(config.serving_directory) if is_live and is_rank_zero else None
     pool = stack.enter_context(RolloutPool(pool_settings(config))) if endpoints else None
     deadline = timedelta(seconds=config.rollout.deadline_seconds + COLLECTIVE_MARGIN_SECONDS)
     sizes = check_layout(config.student, int(os.environ["WORLD_SIZE"]))
@@ -248,6 +250,7 @@ def pool_settings(config: SodConfig) -> PoolSettings:
     assert config.serving is not None
     return PoolSettings(
         run_directory=Path(config.run.directory),
+        serving_directory=config.serving_directory,
         student_path=Path(config.student.model_path),
         serving=config.serving,
         rollout=config.rollout,

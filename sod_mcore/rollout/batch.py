@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sod_mcore.rewards.interface import RewardResult
+from sod_mcore.rewards import RewardResult
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.trajectory import Prompt, Trajectory
 

@@ -32,6 +32,7 @@ class PoolSettings:
     """All that the pool process needs to know; sent to it once at start."""
 
     run_directory: Path
+    serving_directory: Path
     student_path: Path
     serving: ServingConfig
     rollout: RolloutConfig

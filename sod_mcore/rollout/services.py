@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sod_mcore.chat import ChatRenderer
-from sod_mcore.config import RolloutConfig, ToolsConfig
-from sod_mcore.rewards.interface import RewardResult
-from sod_mcore.rewards.registry import VerifierRegistry
+from sod_mcore.config import RewardConfig, RolloutConfig, ToolsConfig
+from sod_mcore.rewards import ReasoningGymVerifier, RewardResult, VerifierRegistry
 from sod_mcore.rollout.batch import BatchServices, RolloutRequest
 from sod_mcore.rollout.episode import Episode, EpisodeLimits
 from sod_mcore.rollout.gate import RequestGate
@@ -44,7 +43,7 @@ class RolloutServices:
 
 async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> RolloutServices:
     """Connect to the engines and start the sandbox; ``stack`` closes both."""
-    endpoints = read_endpoints(settings.run_directory)
+    endpoints = read_endpoints(settings.serving_directory)
     client = await stack.enter_async_context(
         EngineClient(
             endpoints,
@@ -56,7 +55,7 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
         settings.student_path, enable_thinking=settings.chat.enable_thinking
     )
     tools = await _open_tools(settings.tools, stack)
-    verifiers = VerifierRegistry(correct=settings.reward.correct, wrong=settings.reward.wrong)
+    verifiers = _verifiers(settings.reward)
     gate = RequestGate()
     limits = _episode_limits(settings.rollout)
 
@@ -71,7 +70,7 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
         return await episode.run(generate, request.sampling)
 
     async def reward(prompt: Prompt, trajectory: Trajectory) -> RewardResult:
-        verifier = verifiers.choose(prompt.data_source)
+        verifier = verifiers.for_source(prompt.data_source)
         answer = str(trajectory.messages[-1]["content"])
         return await asyncio.to_thread(
             verifier.score, answer, prompt.ground_truth, prompt.extra_info
@@ -91,6 +90,11 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
     return RolloutServices(
         BatchServices(run_episode, reward, score_with_teacher, ScoringError), gate
     )
+
+
+def _verifiers(config: RewardConfig) -> VerifierRegistry:
+    reasoning_gym = ReasoningGymVerifier(correct_reward=config.correct, wrong_reward=config.wrong)
+    return VerifierRegistry({"reasoning_gym": reasoning_gym})
 
 
 async def _open_tools(config: ToolsConfig, stack: AsyncExitStack) -> dict[str, Tool]:

@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
 from typing import Any
@@ -97,13 +98,14 @@ async def _work(
         connection.send(result)
 
 
-def _throttled_sender(connection: Connection) -> Any:
+def _throttled_sender(connection: Connection) -> Callable[[RolloutProgress], None]:
     loop = asyncio.get_running_loop()
     next_time = loop.time()
 
     def send(progress: RolloutProgress) -> None:
         nonlocal next_time
-        if loop.time() >= next_time:
+        is_done = progress.finished + progress.dropped == progress.total
+        if is_done or loop.time() >= next_time:
             next_time = loop.time() + _PROGRESS_SECONDS
             connection.send(progress)
 

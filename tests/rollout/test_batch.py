@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sod_mcore.config import RolloutConfig
-from sod_mcore.rewards.interface import RewardResult
+from sod_mcore.rewards import RewardResult
 from sod_mcore.rollout.batch import (
     BatchServices,
     RolloutProgress,

@@ -1,0 +1,179 @@
+"""Every wrong combination gets one line that names the field, the value and the mend."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import TypeAdapter
+
+from sod_mcore.config import SodConfig
+from sod_mcore.loop.preflight import check_before_launch
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def model_folder(path: Path, tokens: list[str]) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(QWEN3))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": []}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return path
+
+
+def prompts(path: Path, questions: list[str]) -> Path:
+    rows = [
+        {
+            "data_source": "reasoning_gym",
+            "prompt": [{"role": "user", "content": question}],
+            "ability": "math",
+            "reward_model": {"ground_truth": "4", "style": "rule"},
+            "extra_info": {"index": i},
+        }
+        for i, question in enumerate(questions)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    """A configuration with nothing wrong in it but that no engine runs."""
+    return {
+        "run": {"directory": str(tmp_path / "run")},
+        "student": {
+            "model_path": str(model_folder(tmp_path / "student", ["a", "b"])),
+            "precision": "fp32",
+        },
+        "data": {"train": str(prompts(tmp_path / "train.parquet", ["2+2?", "3+3?"]))},
+        "algorithm": {"prompts_per_step": 2, "prompts_per_mini_batch": 1},
+        "evaluation": {"data": str(prompts(tmp_path / "eval.parquet", ["4+4?"]))},
+        "serving": {
+            "student": {"model_path": str(tmp_path / "student")},
+            "teacher": {"model_path": str(model_folder(tmp_path / "teacher", ["a", "b"]))},
+        },
+    }
+
+
+def problem(tree: dict[str, Any], **changes: Any) -> str:
+    """What is wrong with ``tree`` after changes like ``run__steps=3``."""
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    found = check_before_launch(TypeAdapter(SodConfig).validate_python(tree))
+    assert found is not None
+    assert "\n" not in found
+    return found
+
+
+def test_all_is_well_but_for_the_engines(tree: dict[str, Any]) -> None:
+    assert "python -m sod_mcore.serving" in problem(tree)
+
+
+def test_mini_batches_that_do_not_divide(tree: dict[str, Any]) -> None:
+    found = problem(tree, algorithm__prompts_per_step=3, algorithm__prompts_per_mini_batch=2)
+    assert "algorithm.prompts_per_mini_batch is 2" in found
+
+
+def test_a_temperature_that_the_teacher_cannot_score(tree: dict[str, Any]) -> None:
+    assert "rollout.temperature is 0.7" in problem(tree, rollout={"temperature": 0.7})
+
+
+def test_no_engines_and_no_replay(tree: dict[str, Any]) -> None:
+    assert "serving is missing" in problem(tree, serving=None)
+
+
+def test_distillation_without_a_teacher(tree: dict[str, Any]) -> None:
+    assert "serving.teacher is missing" in problem(tree, serving__teacher=None)
+
+
+def test_a_missing_student(tree: dict[str, Any]) -> None:
+    assert "student.model_path" in problem(tree, student__model_path="nowhere")
+
+
+def test_a_missing_prompt_file(tree: dict[str, Any]) -> None:
+    assert "data.train is nowhere.parquet" in problem(tree, data__train="nowhere.parquet")
+
+
+def test_a_teacher_with_another_tokenizer(tree: dict[str, Any], tmp_path: Path) -> None:
+    other = model_folder(tmp_path / "other", ["b", "a"])
+    found = problem(tree, serving__teacher__model_path=str(other))
+    assert "its tokenizer differs" in found
+
+
+def test_an_evaluation_problem_in_the_training_set(tree: dict[str, Any], tmp_path: Path) -> None:
+    shared = prompts(tmp_path / "shared.parquet", ["  2+2"])
+    assert "1 of 1 evaluation questions" in problem(tree, evaluation__data=str(shared))
+
+
+def test_more_prompts_a_step_than_there_are(tree: dict[str, Any]) -> None:
+    assert "has only 2 prompts" in problem(tree, algorithm__prompts_per_step=4)
+
+
+def test_heads_that_the_ranks_cannot_share(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = problem(tree, student__megatron={"tensor_model_parallel_size": 3})
+    assert "tensor_model_parallel_size" in found
+
+
+def test_a_recording_that_does_not_exist(tree: dict[str, Any]) -> None:
+    assert "run.replay is nowhere" in problem(tree, run__replay="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.stepz=3", "run.stepz is not a setting; allowed here: directory"),
+        ("student.megatron.tensor_model_parallel_sise=2", "tensor_model_parallel_sise"),
+    ],
+)
+def test_the_program_ends_with_one_line_and_exit_code_2(
+    tree: dict[str, Any], tmp_path: Path, override: str, expected: str
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(tree))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "pretrain_sod.py", str(config), override],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert expected in errors[0]
+
+
+def test_the_base_configuration_is_immutable(tree: dict[str, Any]) -> None:
+    config = TypeAdapter(SodConfig).validate_python(tree)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run.steps = 3  # type: ignore[misc]
