@@ -11,6 +11,7 @@ hidden_size, and each linear layer 1 / sqrt(inputs).
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         with new_folder(options.output / name) as folder:
             make_model(model_settings, tokenizer).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            shutil.copytree(options.tokenizer, folder, dirs_exist_ok=True)
 
 
 def make_model(settings: ModelSettings, tokenizer: Any) -> Qwen3ForCausalLM:

@@ -1,6 +1,6 @@
 """Every number of the arithmetic recipe: problems, demonstrations, tokenizer, models.
 
-``recipe.yaml`` overrides these defaults; ``key=value`` on a script's command line overrides both.
+The values are in ``recipe.yaml``; ``key=value`` on a script's command line overrides them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sod_mcore.config import STRICT, Fraction, NonNegative, Positive
 class FamilyShares:
     """Relative frequency of each kind of problem."""
 
-    chain_sum: Fraction = 0.40
+    chain_sum: Fraction
     """Sums and differences of two or three numbers of up to three digits."""
-    products: Fraction = 0.15
+    products: Fraction
     """Products of two numbers of up to three digits."""
-    basic_arithmetic: Fraction = 0.10
+    basic_arithmetic: Fraction
     """One operation on two numbers of up to two digits."""
-    two_step: Fraction = 0.35
+    two_step: Fraction
     """A sum, then an operation on its result: the second call depends on the first."""
 
     @model_validator(mode="after")
@@ -57,28 +57,20 @@ class AgentHabits:
 class DataSettings:
     """What ``make_data.py`` writes."""
 
-    seed: int = 1
+    seed: int
     """Seeds problems and demonstrations."""
-    train_prompts: Positive = 4096
+    train_prompts: Positive
     """Prompts for reinforcement learning."""
-    eval_prompts: Positive = 512
+    eval_prompts: Positive
     """Held-out prompts; no other file has one of their questions."""
-    copy_rows: Positive = 20000
+    copy_rows: Positive
     """Single turns in which only copying is practised; the first stage of fine-tuning."""
-    copy_questions: Fraction = 0.75
+    copy_questions: Fraction
     """Share of those that copy a question into a call; the others copy a result into an answer."""
-    families: FamilyShares = Field(default_factory=FamilyShares)
-    teacher: AgentHabits = Field(
-        default_factory=lambda: AgentHabits(
-            conversations=30000, fails=0.35, learns_failing_calls=False
-        )
-    )
+    families: FamilyShares
+    teacher: AgentHabits
     """A careful agent that knows how to repair a failing call."""
-    student: AgentHabits = Field(
-        default_factory=lambda: AgentHabits(
-            conversations=2500, fails=0.45, gives_up=0.35, stops_early=0.6
-        )
-    )
+    student: AgentHabits
     """A sloppy agent: what distillation is to mend."""
 
 
@@ -86,11 +78,11 @@ class DataSettings:
 class TokenizerSettings:
     """What ``make_tokenizer.py`` trains."""
 
-    vocab_size: Positive = 2000
+    vocab_size: Positive
     """Upper bound; merges rarer than ``min_frequency`` are not made."""
-    min_frequency: Positive = 40
+    min_frequency: Positive
     """Occurrences that a merge needs."""
-    number_weight: Positive = 60
+    number_weight: Positive
     """How often each number of up to three digits is added, so that all become one token."""
 
 
@@ -124,11 +116,7 @@ class ModelSettings:
 class ArithmeticSettings:
     """The whole recipe."""
 
-    data: DataSettings = Field(default_factory=DataSettings)
-    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
-    teacher: ModelSettings = Field(
-        default_factory=lambda: ModelSettings(hidden_size=128, intermediate_size=320)
-    )
-    student: ModelSettings = Field(
-        default_factory=lambda: ModelSettings(hidden_size=64, intermediate_size=128)
-    )
+    data: DataSettings
+    tokenizer: TokenizerSettings
+    teacher: ModelSettings
+    student: ModelSettings
