@@ -33,7 +33,7 @@ _DATASETS: dict[str, dict[str, Any]] = {
     },
 }
 _STREAM_SIZE = 10_000_000
-_MAX_REPEATS_IN_A_ROW = 1000
+_MAX_REPEATS_IN_A_ROW = 200
 
 
 @dataclass(frozen=True)
