@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         config = load_config(SodConfig, Path(settings[0]), settings[1:])
         if config.serving is None:
             raise ConfigError("serving is missing; nothing to serve without that section")
-        return asyncio.run(_serve(config.serving, Path(config.run.directory), command))
+        return asyncio.run(_serve(config.serving, config.serving_directory, command))
     except ConfigError as error:
         fail(str(error))
 
@@ -60,17 +60,17 @@ class _Signals:
             self.stop.set()
 
 
-async def _serve(serving: ServingConfig, run_directory: Path, command: Sequence[str]) -> int:
+async def _serve(serving: ServingConfig, directory: Path, command: Sequence[str]) -> int:
     signals = _Signals()
     loop = asyncio.get_running_loop()
     for number in PASSED_SIGNALS:
         loop.add_signal_handler(number, signals.receive, number)
-    fleet = Fleet(serving, run_directory, say=_say)
+    fleet = Fleet(serving, directory, say=_say)
     try:
         endpoints = await _unless_stopped(fleet, signals.stop)
         if endpoints is None:
             return 128 + signal.SIGTERM
-        _print_addresses(endpoints, run_directory)
+        _print_addresses(endpoints, directory)
         if command:
             return await _run_command(fleet, signals, command)
         return await _run_until_stopped(fleet, signals.stop)
@@ -125,11 +125,11 @@ async def _run_command(fleet: Fleet, signals: _Signals, command: Sequence[str]) 
     return shell_exit_code(child.exit_code)
 
 
-def _print_addresses(endpoints: Endpoints, run_directory: Path) -> None:
+def _print_addresses(endpoints: Endpoints, directory: Path) -> None:
     for model in endpoints.models.values():
         _say(f"{model.name}: {model.route} -> {', '.join(model.engines)}")
     _say(f'front door: {endpoints.front_door} (choose with the field "model")')
-    _say(f"addresses written to {endpoints_path(run_directory)}")
+    _say(f"addresses written to {endpoints_path(directory)}")
 
 
 def _say(line: str) -> None:

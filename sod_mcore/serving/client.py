@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
 
+TokenIds = Sequence[int] | NDArray[np.integer[Any]]
+"""Token ids ``[T]``."""
+
 RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
 CONNECT_SECONDS = 10.0
 ABORT_SECONDS = 5.0
@@ -142,7 +145,7 @@ class EngineClient:
             self._open_session = None
 
     async def generate(
-        self, model: str, input_ids: Sequence[int], sampling: SamplingSettings, *, rid: str
+        self, model: str, input_ids: TokenIds, sampling: SamplingSettings, *, rid: str
     ) -> Generation:
         """Sample tokens after ``input_ids``.
 
@@ -265,7 +268,7 @@ class EngineClient:
         return self._open_session
 
 
-def check_token_ids(endpoints: ModelEndpoints, token_ids: Sequence[int]) -> list[int]:
+def check_token_ids(endpoints: ModelEndpoints, token_ids: TokenIds) -> list[int]:
     """The ids as a list of Python integers.
 
     Raises:

@@ -1,19 +1,20 @@
 """Where the served models can be reached: written when all is ready, removed at the stop.
 
-The file ``<run.directory>/serving/endpoints.json`` is the only thing that the trainer, the rollout
-pool and the evaluation need to know about the processes that serve.
+The file ``serving/endpoints.json`` in ``run.directory`` (or ``serving.directory``) is all that the
+trainer, the rollout pool and the evaluation need to know about the processes that serve.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sod_mcore.files import write_text
 
 
 class FleetError(Exception):
@@ -79,36 +80,31 @@ class Endpoints:
         return process_start_ticks(self.pid) != self.process_start
 
 
-def endpoints_path(run_directory: Path) -> Path:
-    """The file that holds the addresses of a run's engines."""
-    return run_directory / "serving" / "endpoints.json"
+def endpoints_path(directory: Path) -> Path:
+    """The file that holds the engines' addresses; ``directory`` is ``run.directory`` or
+    ``serving.directory``."""
+    return directory / "serving" / "endpoints.json"
 
 
-def write_endpoints(endpoints: Endpoints, run_directory: Path) -> Path:
+def write_endpoints(endpoints: Endpoints, directory: Path) -> Path:
     """Write the addresses so that a reader sees either the whole file or none."""
-    path = endpoints_path(run_directory)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(dataclasses.asdict(endpoints), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    path = endpoints_path(directory)
+    write_text(path, json.dumps(dataclasses.asdict(endpoints), indent=2))
     return path
 
 
-def read_endpoints(run_directory: Path) -> Endpoints:
-    """Read the addresses of the engines that serve ``run_directory``.
+def read_endpoints(directory: Path) -> Endpoints:
+    """Read the addresses of the engines whose addresses lie in ``directory``.
 
     Raises:
         FleetError: nothing serves this run, or what did has died.
     """
-    path = endpoints_path(run_directory)
-    start = f"start them with: python -m sod_mcore.serving CONFIG run.directory={run_directory}"
+    path = endpoints_path(directory)
+    start = "start them with: python -m sod_mcore.serving CONFIG"
     try:
         tree: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise FleetError(f"no engines serve this run ({path} does not exist); {start}") from None
+        raise FleetError(f"there are no engines: {path} does not exist; {start}") from None
     except json.JSONDecodeError as error:
         raise FleetError(f"{path} is not JSON ({error}); delete it and {start}") from error
     try:

@@ -8,14 +8,13 @@ recompute the whole prompt.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sod_mcore.serving.client import EngineClient, check_token_ids
+from sod_mcore.serving.client import EngineClient, TokenIds, check_token_ids
 
 
 class ScoringError(Exception):
@@ -39,7 +38,7 @@ class Scores:
 
 
 async def score(
-    client: EngineClient, model: str, token_ids: Sequence[int], prompt_length: int, top_k: int = 0
+    client: EngineClient, model: str, token_ids: TokenIds, prompt_length: int, top_k: int = 0
 ) -> Scores:
     """Score ``token_ids[prompt_length:]``, each given all tokens before it.
 
@@ -63,8 +62,9 @@ async def score(
     ids = np.asarray(token_ids, dtype=np.int32)
     if prompt_length == len(ids):
         return _place(ids, prompt_length, np.zeros(0, np.float32), _no_candidates(top_k))
+    endpoints = client.endpoints.model(model)
     request: dict[str, Any] = {
-        "input_ids": check_token_ids(client.endpoints.model(model), token_ids),
+        "input_ids": check_token_ids(endpoints, token_ids),
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
         "logprob_start_len": prompt_length - 1,
@@ -77,7 +77,7 @@ async def score(
         }
     meta = (await client.post_generate(model, request))["meta_info"]
     try:
-        logprobs = _read_logprobs(meta, ids[prompt_length - 1 :])
+        logprobs = _read_logprobs(meta, ids[prompt_length - 1 :], endpoints.vocab_size)
         candidates = _read_candidates(meta, len(logprobs), top_k) if top_k else None
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ScoringError(f"{model}: the answer cannot be read: {error!r}") from error
@@ -88,13 +88,18 @@ Candidates = tuple[NDArray[np.int32], NDArray[np.float32]]
 """Ids and log-probs ``[N, K]`` of the likeliest tokens."""
 
 
-def _read_logprobs(meta: dict[str, Any], expected_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+def _read_logprobs(
+    meta: dict[str, Any], expected_ids: NDArray[np.int32], vocab_size: int
+) -> NDArray[np.float32]:
     """Log-probs of ``expected_ids[1:]``; entry 0 of the answer is the token that they follow."""
     entries = meta["input_token_logprobs"]
     if len(entries) != len(expected_ids):
         raise ScoringError(f"{len(entries)} scores came back for {len(expected_ids)} positions")
     returned_ids = np.array([entry[1] for entry in entries], dtype=np.int64)
-    wrong = np.flatnonzero(returned_ids != expected_ids)
+    # SGLang 0.5.23 labels the last token of the vocabulary as token 0 (it clips ids one too low);
+    # the value is that of the right token.
+    labels = np.where(expected_ids == vocab_size - 1, 0, expected_ids)
+    wrong = np.flatnonzero((returned_ids != expected_ids) & (returned_ids != labels))
     if len(wrong):
         first = int(wrong[0])
         raise ScoringError(

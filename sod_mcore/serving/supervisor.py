@@ -28,6 +28,7 @@ from sod_mcore.serving.fleet import (
 )
 from sod_mcore.serving.front_door import FrontDoor
 from sod_mcore.serving.model_folder import ModelFolder, read_model_folder
+from sod_mcore.serving.scoring import ScoringError
 
 START_ATTEMPTS = 3
 """Starts of one process whose port was taken by somebody else in the meantime."""
@@ -42,15 +43,15 @@ class Fleet:
 
     Args:
         serving: what to serve.
-        run_directory: receives ``serving/*.log`` and ``serving/endpoints.json``.
+        directory: receives ``serving/*.log`` and ``serving/endpoints.json``.
         say: receives one line of progress at a time.
     """
 
     def __init__(
-        self, serving: ServingConfig, run_directory: Path, say: Callable[[str], None] = print
+        self, serving: ServingConfig, directory: Path, say: Callable[[str], None] = print
     ) -> None:
         self._serving = serving
-        self._run_directory = run_directory
+        self._directory = directory
         self._say = say
         self._device = launch.resolve_device(serving.device)
         self._front_door: FrontDoor | None = None
@@ -97,7 +98,7 @@ class Fleet:
             hostname=socket.gethostname(),
         )
         await self._probe(endpoints)
-        write_endpoints(endpoints, self._run_directory)
+        write_endpoints(endpoints, self._directory)
         self._is_ready = True
         return endpoints
 
@@ -116,7 +117,7 @@ class Fleet:
     async def stop(self) -> None:
         """Remove the addresses and end every process."""
         if self._is_ready:
-            endpoints_path(self._run_directory).unlink(missing_ok=True)
+            endpoints_path(self._directory).unlink(missing_ok=True)
             self._is_ready = False
         if self._front_door is not None:
             await self._front_door.stop()
@@ -124,12 +125,12 @@ class Fleet:
 
     def _refuse_second_fleet(self) -> None:
         try:
-            running = read_endpoints(self._run_directory)
+            running = read_endpoints(self._directory)
         except FleetError:
             return
         raise ConfigError(
             f"process {running.pid} on {running.hostname} already serves "
-            f"run.directory={self._run_directory}; stop it or take another directory"
+            f"from {self._directory}; stop it, or set run.directory or serving.directory"
         )
 
     async def _start_model(
@@ -191,7 +192,7 @@ class Fleet:
         environment: dict[str, str] | None = None,
     ) -> str:
         """Start a server on a free port, again if the port is lost; returns its base URL."""
-        log_path = self._run_directory / "serving" / f"{name}.log"
+        log_path = self._directory / "serving" / f"{name}.log"
         for attempt in range(1, START_ATTEMPTS + 1):
             port = launch.free_port(self._serving.host)
             try:
@@ -247,11 +248,11 @@ class Fleet:
                 tolerance=self._serving.probe_tolerance,
                 timeout_seconds=self._serving.request_timeout_seconds,
             )
-        except EngineError as error:
+        except (EngineError, ScoringError) as error:
             raise FleetError(f"the probe failed: {error}\n{self._all_tails()}") from error
 
     def _all_tails(self) -> str:
-        folder = self._run_directory / "serving"
+        folder = self._directory / "serving"
         return "\n".join(
             f"--- {path}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-10:])
             for path in sorted(folder.glob("*.log"))

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sod_mcore.serving.client import EngineClient, EngineError, parse_weight_version
+from sod_mcore.serving.client import EngineClient, EngineError, TokenIds, parse_weight_version
 from sod_mcore.serving.fleet import Endpoints
 from sod_mcore.serving.scoring import score
 
@@ -56,6 +56,8 @@ def update_from_disk(
     _require_student(model)
     if version < 0:
         raise ValueError(f"version is {version}; versions count from 0")
+    if not (folder / "config.json").is_file():
+        raise WeightUpdateError(f"{folder} is no Hugging Face folder (config.json is missing)")
     mode = "retract" if running_requests == "continue" else "abort"
     asyncio.run(_update_all(endpoints, model, folder.resolve(), version, timeout, mode))
 
@@ -76,7 +78,7 @@ def weight_versions(endpoints: Endpoints, model: str, timeout: float) -> tuple[i
 
 
 def probe_logprobs(
-    endpoints: Endpoints, model: str, token_ids: Sequence[int], timeout: float
+    endpoints: Endpoints, model: str, token_ids: TokenIds, timeout: float
 ) -> NDArray[np.float32]:
     """Log-probs ``[engines, T]`` of ``token_ids`` on each engine of ``model`` (entry 0 is NaN).
 
@@ -124,7 +126,7 @@ async def _update_all(
             ) from error
         except EngineError as error:
             raise WeightUpdateError(
-                f"{model}: version {version} was not loaded: {error}"
+                f"{model}: version {version} not loaded: {error}"
             ) from error
 
 

@@ -8,6 +8,7 @@ of the modules below is imported, and then bridges what exists only with CUDA:
   operators for which its Python code registers shapes are declared first.
 * ``triton``, when it is not installed: SGLang's own stand-in (``sglang/_platform_stubs.py``, made
   for macOS) takes its place; kernels are defined with it, never run.
+* ``torch_native`` attention: computed for a whole batch at once, see ``batched_attention.py``.
 * ``SGLANG_CPU_FORK=1``: SGLang spawns its scheduler and detokenizer, and each imports everything
   again; without a CUDA context to lose, forking them saves that time.
 """
@@ -24,16 +25,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+ATTENTION_MODULE = "sglang.srt.layers.attention.torch_native_backend"
+
 
 class BridgeFinder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; prepares the ground just before a module is looked for elsewhere."""
+    """Prepares the ground just before a module is looked for elsewhere."""
 
     def __init__(self) -> None:
         self._operator_libraries: list[Any] = []
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> None:
+    ) -> importlib.machinery.ModuleSpec | None:
         """Called by the import system for each module that is not loaded yet."""
         if fullname == "torchvision._meta_registrations":
             self._operator_libraries.append(_declare_torchvision_operators())
@@ -41,6 +44,28 @@ class BridgeFinder(importlib.abc.MetaPathFinder):
             _stub_triton()
             if os.environ.get("SGLANG_CPU_FORK") == "1":
                 _fork_instead_of_spawn()
+        elif fullname == ATTENTION_MODULE:
+            return _with_batched_attention(importlib.machinery.PathFinder.find_spec(fullname, path))
+        return None
+
+
+def _with_batched_attention(
+    spec: importlib.machinery.ModuleSpec | None,
+) -> importlib.machinery.ModuleSpec | None:
+    """The module's own specification, with a loader that replaces two methods after loading."""
+    if spec is None or spec.loader is None:
+        return spec
+    loader: Any = spec.loader
+    execute = loader.exec_module
+
+    def execute_and_replace(module: Any) -> None:
+        execute(module)
+        import batched_attention  # type: ignore[import-not-found]  # lies beside this file, whose folder is on PYTHONPATH
+
+        batched_attention.install(module.TorchNativeAttnBackend)
+
+    loader.exec_module = execute_and_replace
+    return spec
 
 
 def _declare_torchvision_operators() -> Any:

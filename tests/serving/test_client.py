@@ -1,0 +1,298 @@
+"""When requests are retried, refused, given up and aborted, against a scripted server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from sod_mcore.serving.client import (
+    EngineClient,
+    EngineError,
+    Generation,
+    SamplingSettings,
+    parse_weight_version,
+)
+from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+from sod_mcore.serving.scoring import Scores, ScoringError, score
+
+SAMPLING = SamplingSettings(max_new_tokens=3)
+VOCAB_SIZE = 100
+Handler = Callable[[dict[str, Any]], Awaitable[web.Response]]
+
+
+class ScriptedEngine:
+    """Answers ``/generate`` with a handler and remembers what it was asked."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.requests: list[dict[str, Any]] = []
+        self.aborted: list[str] = []
+        self.num_open = 0
+        self.most_open = 0
+
+    async def generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append(body)
+        self.num_open += 1
+        self.most_open = max(self.most_open, self.num_open)
+        try:
+            return await self.handler(body)
+        finally:
+            self.num_open -= 1
+
+    async def abort(self, request: web.Request) -> web.Response:
+        self.aborted.append((await request.json())["rid"])
+        return web.Response()
+
+
+@asynccontextmanager
+async def connect(engine: ScriptedEngine, **options: Any) -> AsyncIterator[EngineClient]:
+    application = web.Application()
+    application.router.add_post("/generate", engine.generate)
+    application.router.add_post("/abort_request", engine.abort)
+    async with TestServer(application) as server:
+        url = str(server.make_url("")).rstrip("/")
+        async with EngineClient(endpoints(url), first_backoff_seconds=0.01, **options) as client:
+            yield client
+
+
+def endpoints(url: str) -> Endpoints:
+    model = ModelEndpoints("student", url, (url,), "folder", 64, VOCAB_SIZE)
+    return Endpoints(url, {"student": model}, pid=1, process_start=1, hostname="elsewhere")
+
+
+def generated(token_ids: list[int], **changes: Any) -> dict[str, Any]:
+    meta = {
+        "finish_reason": {"type": "length"},
+        "weight_version": "4",
+        "weight_versions": [
+            {"version": "3", "start": 0, "end": 1},
+            {"version": "4", "start": 1, "end": len(token_ids)},
+        ],
+        "output_token_logprobs": [[-0.5, token_id, None] for token_id in token_ids],
+    }
+    return {"output_ids": token_ids, "meta_info": meta | changes}
+
+
+def answers(*statuses: int) -> Handler:
+    """One status after the other; the last one again and again."""
+    pending = list(statuses)
+
+    async def handler(body: dict[str, Any]) -> web.Response:
+        status = pending.pop(0) if len(pending) > 1 else pending[0]
+        return web.json_response(generated([7, 8, 9]), status=status)
+
+    return handler
+
+
+def generate(engine: ScriptedEngine, rid: str = "r", **options: Any) -> Generation:
+    async def run() -> Generation:
+        async with connect(engine, **options) as client:
+            return await client.generate("student", [1, 2], SAMPLING, rid=rid)
+
+    return asyncio.run(run())
+
+
+def test_what_comes_back() -> None:
+    generation = generate(ScriptedEngine(answers(200)))
+    np.testing.assert_array_equal(generation.token_ids, np.array([7, 8, 9], np.int32))
+    assert generation.token_ids.dtype == np.int32
+    assert generation.logprobs.dtype == np.float32
+    assert generation.weight_version == 4
+    assert generation.weight_versions.tolist() == [3, 4, 4]
+    assert generation.finish_reason == "length"
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_what_may_pass_is_tried_again(status: int) -> None:
+    engine = ScriptedEngine(answers(status, status, 200))
+    assert len(generate(engine).token_ids) == 3
+    # A new id each time: the engine may still be at work on the one before.
+    assert [request["rid"] for request in engine.requests] == ["r", "r.2", "r.3"]
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+def test_what_is_refused_is_not_tried_again(status: int) -> None:
+    engine = ScriptedEngine(answers(status))
+    with pytest.raises(EngineError, match=str(status)) as caught:
+        generate(engine)
+    assert not caught.value.retryable
+    assert len(engine.requests) == 1
+
+
+def test_giving_up() -> None:
+    engine = ScriptedEngine(answers(503))
+    with pytest.raises(EngineError, match="gave up after 4 tries") as caught:
+        generate(engine, attempts=4)
+    assert caught.value.retryable
+    assert len(engine.requests) == 4
+
+
+def test_no_server() -> None:
+    async def run() -> None:
+        async with EngineClient(
+            endpoints("http://127.0.0.1:9"), attempts=2, first_backoff_seconds=0.01
+        ) as client:
+            await client.generate("student", [1], SAMPLING, rid="r")
+
+    with pytest.raises(EngineError, match="gave up after 2 tries"):
+        asyncio.run(run())
+
+
+def test_waits_grow_to_a_limit() -> None:
+    client = object.__new__(EngineClient)
+    client._first_backoff_seconds, client._longest_backoff_seconds = 0.25, 8.0
+    for attempt, longest in enumerate([0.25, 0.5, 1, 2, 4, 8, 8, 8], start=1):
+        waits = [client._backoff_seconds(attempt) for _ in range(200)]
+        assert longest / 2 <= min(waits) < max(waits) <= longest
+
+
+async def never(body: dict[str, Any]) -> web.Response:
+    await asyncio.sleep(60)
+    raise AssertionError("unreachable")
+
+
+def test_deadline_aborts() -> None:
+    engine = ScriptedEngine(never)
+    with pytest.raises(EngineError, match=r"no answer within 0\.2 s"):
+        generate(engine, request_timeout_seconds=0.2)
+    assert engine.aborted == ["r"]
+
+
+def test_deadline_covers_all_tries() -> None:
+    engine = ScriptedEngine(answers(503))
+    with pytest.raises(EngineError, match="no answer within"):
+        generate(engine, request_timeout_seconds=0.3, attempts=1000)
+    assert 2 < len(engine.requests) < 30
+
+
+def test_cancellation_aborts() -> None:
+    engine = ScriptedEngine(never)
+
+    async def run() -> None:
+        async with connect(engine) as client:
+            task = asyncio.create_task(client.generate("student", [1], SAMPLING, rid="mine"))
+            while not engine.requests:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+    assert engine.aborted == ["mine"]
+
+
+def test_open_requests_are_bounded() -> None:
+    async def slow(body: dict[str, Any]) -> web.Response:
+        await asyncio.sleep(0.02)
+        return web.json_response(generated([7]))
+
+    engine = ScriptedEngine(slow)
+
+    async def run() -> None:
+        async with connect(engine, max_connections=3) as client:
+            await asyncio.gather(
+                *(client.generate("student", [1], SAMPLING, rid=str(n)) for n in range(12))
+            )
+
+    asyncio.run(run())
+    assert engine.most_open == 3
+    assert len(engine.requests) == 12
+
+
+@pytest.mark.parametrize("ids", [[], [VOCAB_SIZE], [-1], [[1, 2]], [1.5]])
+def test_ids_that_would_kill_an_engine_are_never_sent(ids: list[Any]) -> None:
+    engine = ScriptedEngine(answers(200))
+
+    async def run() -> None:
+        async with connect(engine) as client:
+            await client.generate("student", ids, SAMPLING, rid="r")
+
+    with pytest.raises(ValueError, match="token id"):
+        asyncio.run(run())
+    assert not engine.requests
+
+
+def test_logprobs_of_other_tokens() -> None:
+    async def wrong(body: dict[str, Any]) -> web.Response:
+        return web.json_response(
+            generated([7, 8], output_token_logprobs=[[-1, 7, None], [-1, 9, None]])
+        )
+
+    with pytest.raises(EngineError, match="log-probs of other tokens"):
+        generate(ScriptedEngine(wrong))
+
+
+def test_weight_versions() -> None:
+    assert parse_weight_version("default") == 0
+    assert parse_weight_version("12") == 12
+    with pytest.raises(EngineError, match="not a number"):
+        parse_weight_version("step-3")
+
+
+IDS = [10, 11, 12, 13]
+RIGHT = [[None, 11, None], [-1.0, 12, None], [-2.0, 13, None]]
+
+
+def score_answer(meta: dict[str, Any], top_k: int = 0) -> Scores:
+    async def handler(body: dict[str, Any]) -> web.Response:
+        assert body["logprob_start_len"] == 1
+        return web.json_response({"meta_info": meta})
+
+    async def run() -> Scores:
+        async with connect(ScriptedEngine(handler)) as client:
+            return await score(client, "student", IDS, 2, top_k)
+
+    return asyncio.run(run())
+
+
+def test_scores() -> None:
+    scores = score_answer({"input_token_logprobs": RIGHT})
+    np.testing.assert_array_equal(scores.logprobs, np.array([np.nan, np.nan, -1, -2], np.float32))
+    assert scores.topk_ids is None
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (RIGHT[1:], "2 scores came back for 3 positions"),
+        ([*RIGHT, [-3.0, 14, None]], "4 scores came back for 3 positions"),
+        ([RIGHT[0], RIGHT[2], RIGHT[1]], "about token 13, but token 12 was sent"),
+        ([RIGHT[0], [-1.0, 0, None], RIGHT[2]], "about token 0, but token 12 was sent"),
+        ([RIGHT[0], RIGHT[1], [None, 13, None]], "not finite"),
+        ([RIGHT[0], RIGHT[1], []], "cannot be read"),
+    ],
+)
+def test_scores_that_cannot_be_trusted(entries: list[Any], message: str) -> None:
+    with pytest.raises(ScoringError, match=message):
+        score_answer({"input_token_logprobs": entries})
+
+
+def test_candidates_as_nested_lists() -> None:
+    rows = [None, [[-0.1, 5, None], [-3.0, 6, None]], [[-0.2, 7, None], [-2.0, 8, None]]]
+    scores = score_answer({"input_token_logprobs": RIGHT, "input_top_logprobs": rows}, top_k=2)
+    assert scores.topk_ids is not None
+    assert scores.topk_logprobs is not None
+    assert scores.topk_ids.tolist() == [[-1, -1], [-1, -1], [5, 6], [7, 8]]
+    np.testing.assert_allclose(scores.topk_logprobs[2:], [[-0.1, -3.0], [-0.2, -2.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([None, [[-0.1, 5, None]]], "for 2 positions"),
+        ([None, [[-0.1, 5, None]], [[-0.1, 5, None]]], "for 2 positions"),
+        ([None, [[None, 5, None]] * 2, [[-0.1, 5, None]] * 2], "not finite"),
+        ([None, [[-0.1, 5, None]] * 2, [[-0.1, 5, None]]], "cannot be read"),
+    ],
+)
+def test_candidates_that_cannot_be_trusted(rows: list[Any], message: str) -> None:
+    with pytest.raises(ScoringError, match=message):
+        score_answer({"input_token_logprobs": RIGHT, "input_top_logprobs": rows}, top_k=2)

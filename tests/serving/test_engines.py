@@ -1,0 +1,297 @@
+"""The client, the scoring, the front door and the weight update against real SGLang engines.
+
+What the engines should compute comes from Hugging Face in float32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+
+from sod_mcore.serving import weights
+from sod_mcore.serving.client import EngineClient, EngineError, Generation, SamplingSettings
+from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.scoring import Scores, score
+from tests.serving.conftest import LiveFleet
+from tests.serving.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, random_ids, reference_logprobs
+
+TOLERANCE = 1e-5
+TIMEOUT = 120.0
+
+pytestmark = pytest.mark.long
+
+
+def generate(endpoints: Endpoints, ids: list[int], **sampling: object) -> Generation:
+    async def run() -> Generation:
+        async with EngineClient(endpoints) as client:
+            settings = SamplingSettings(**{"max_new_tokens": 24, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
+            return await client.generate("student", ids, settings, rid="test")
+
+    return asyncio.run(run())
+
+
+def score_once(
+    endpoints: Endpoints, model: str, ids: list[int], prompt_length: int, top_k: int = 0
+) -> Scores:
+    async def run() -> Scores:
+        async with EngineClient(endpoints) as client:
+            return await score(client, model, ids, prompt_length, top_k)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(("length", "prompt_length"), [(2, 1), (60, 1), (60, 59), (300, 120)])
+def test_scores_are_the_models(live_fleet: LiveFleet, length: int, prompt_length: int) -> None:
+    ids = random_ids(length, seed=length)
+    for _ in range(2):  # the second time the prompt comes from the prefix cache
+        scores = score_once(live_fleet.endpoints, "teacher", ids, prompt_length, top_k=8)
+        expected = reference_logprobs(live_fleet.teacher, ids)
+        wanted = np.arange(prompt_length, length)
+        assert np.isnan(scores.logprobs[:prompt_length]).all()
+        np.testing.assert_allclose(
+            scores.logprobs[wanted], expected[wanted, np.array(ids)[wanted]], atol=TOLERANCE
+        )
+        assert scores.topk_ids is not None
+        assert scores.topk_logprobs is not None
+        assert (scores.topk_ids[:prompt_length] == -1).all()
+        assert np.isnan(scores.topk_logprobs[:prompt_length]).all()
+        np.testing.assert_allclose(
+            scores.topk_logprobs[wanted], np.sort(expected[wanted])[:, :-9:-1], atol=TOLERANCE
+        )
+        np.testing.assert_allclose(
+            np.take_along_axis(expected[wanted], scores.topk_ids[wanted].astype(np.int64), axis=1),
+            scores.topk_logprobs[wanted],
+            atol=TOLERANCE,
+        )
+
+
+def test_the_last_token_of_the_vocabulary_is_scored(live_fleet: LiveFleet) -> None:
+    """The engine labels its score as that of token 0."""
+    ids = [5, VOCAB_SIZE - 1, 6, 0, VOCAB_SIZE - 1]
+    scores = score_once(live_fleet.endpoints, "teacher", ids, 1)
+    expected = reference_logprobs(live_fleet.teacher, ids)[np.arange(1, 5), ids[1:]]
+    np.testing.assert_allclose(scores.logprobs[1:], expected, atol=TOLERANCE)
+
+
+def test_nothing_to_score(live_fleet: LiveFleet) -> None:
+    scores = score_once(live_fleet.endpoints, "teacher", [5, 6, 7], 3, top_k=4)
+    assert np.isnan(scores.logprobs).all()
+    assert scores.topk_ids is not None
+    assert scores.topk_ids.shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "temperature"),
+    [
+        ({"temperature": 1.0}, 1.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"temperature": 1.6}, 1.6),
+        ({"temperature": 0.7, "top_p": 0.6}, 0.7),  # the whole distribution, not the nucleus
+        ({"temperature": 0.0}, 1.0),
+    ],
+)
+def test_sampled_logprobs_are_tempered(
+    live_fleet: LiveFleet, sampling: dict[str, float], temperature: float
+) -> None:
+    ids = random_ids(40, seed=4)
+    generation = generate(live_fleet.endpoints, ids, **sampling)
+    whole = ids + generation.token_ids.tolist()
+    expected = reference_logprobs(live_fleet.student, whole, temperature)
+    positions = np.arange(len(ids), len(whole))
+    np.testing.assert_allclose(
+        generation.logprobs, expected[positions, generation.token_ids], atol=TOLERANCE
+    )
+    assert generation.finish_reason == "length"
+    if sampling["temperature"] == 0.0:
+        assert (expected[positions].argmax(axis=1) == generation.token_ids).all()
+
+
+def test_the_stop_token_is_returned(live_fleet: LiveFleet) -> None:
+    ids = random_ids(20, seed=5)
+    stops = tuple(range(4, 512, 3))
+    generation = generate(
+        live_fleet.endpoints, ids, max_new_tokens=300, stop_token_ids=stops, ignore_eos=False
+    )
+    assert generation.finish_reason == "stop"
+    assert generation.token_ids[-1] in {*stops, 2}
+    assert not set(generation.token_ids[:-1].tolist()) & {*stops, 2}
+    assert len(generation.logprobs) == len(generation.token_ids)
+
+
+def test_models_are_never_mixed(live_fleet: LiveFleet) -> None:
+    """64 requests at once through the one address, alternating between the models."""
+    sequences = [random_ids(30, seed=100 + n) for n in range(8)]
+    folders = {"student": live_fleet.student, "teacher": live_fleet.teacher}
+    expected = {
+        name: [reference_logprobs(folder, ids) for ids in sequences]
+        for name, folder in folders.items()
+    }
+    requests = [(("student", "teacher")[n % 2], (n // 2) % 8) for n in range(64)]
+
+    async def ask(session: aiohttp.ClientSession, name: str, which: int) -> list[float]:
+        body = {
+            "model": name,
+            "input_ids": sequences[which],
+            "sampling_params": {"max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        url = f"{live_fleet.endpoints.front_door}/generate"
+        async with session.post(url, json=body) as response:
+            assert response.status == 200, await response.text()
+            entries = (await response.json())["meta_info"]["input_token_logprobs"]
+            return [entry[0] for entry in entries[1:]]
+
+    async def ask_all() -> list[list[float]]:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as session:
+            return await asyncio.gather(*(ask(session, *request) for request in requests))
+
+    for (name, which), values in zip(requests, asyncio.run(ask_all()), strict=True):
+        ids = np.array(sequences[which])[1:]
+        right = expected[name][which][np.arange(1, 30), ids]
+        np.testing.assert_allclose(values, right, atol=TOLERANCE)
+
+
+def test_new_weights_reach_every_engine(live_fleet: LiveFleet) -> None:
+    endpoints, ids = live_fleet.endpoints, random_ids(50, seed=6)
+    positions = np.arange(1, 50)
+
+    def check(folder: Path, version: int) -> None:
+        expected = reference_logprobs(folder, ids)[positions, np.array(ids)[1:]]
+        rows = weights.probe_logprobs(endpoints, "student", ids, TIMEOUT)
+        assert rows.shape == (2, 50)
+        for row in rows:
+            np.testing.assert_allclose(row[1:], expected, atol=TOLERANCE)
+        assert weights.weight_versions(endpoints, "student", TIMEOUT) == (version, version)
+        assert generate(endpoints, ids).weight_version == version
+
+    weights.update_from_disk(endpoints, "student", live_fleet.other_student, 7, TIMEOUT)
+    check(live_fleet.other_student, 7)
+    assert weights.weight_versions(endpoints, "teacher", TIMEOUT) == (0,)
+    weights.update_from_disk(endpoints, "student", live_fleet.student, 8, TIMEOUT)
+    check(live_fleet.student, 8)
+
+
+def test_new_weights_in_the_middle_of_a_request(live_fleet: LiveFleet) -> None:
+    """A request that runs during the update says which version sampled which token."""
+    endpoints, ids = live_fleet.endpoints, random_ids(10, seed=7)
+    sampling = SamplingSettings(max_new_tokens=400, ignore_eos=True)
+
+    async def run() -> Generation:
+        async with EngineClient(endpoints) as client:
+            request = asyncio.create_task(client.generate("student", ids, sampling, rid="middle"))
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(
+                weights.update_from_disk,
+                *(endpoints, "student", live_fleet.other_student, 9, TIMEOUT),
+            )
+            return await request
+
+    generation = asyncio.run(run())
+    weights.update_from_disk(endpoints, "student", live_fleet.student, 10, TIMEOUT)
+    assert len(generation.token_ids) == 400
+    assert len(set(generation.weight_versions.tolist())) == 2
+    assert generation.weight_versions[-1] == 9
+    assert (np.diff(generation.weight_versions) >= 0).all()
+    whole = ids + generation.token_ids.tolist()
+    positions = np.arange(len(ids), len(whole))
+    for is_new, folder in ((False, live_fleet.student), (True, live_fleet.other_student)):
+        expected = reference_logprobs(folder, whole)[positions, generation.token_ids]
+        chosen = (generation.weight_versions == 9) == is_new
+        np.testing.assert_allclose(
+            generation.logprobs[chosen], expected[chosen], atol=5 * TOLERANCE
+        )
+
+
+def test_weights_that_cannot_be_loaded(live_fleet: LiveFleet, tmp_path: Path) -> None:
+    endpoints = live_fleet.endpoints
+    with pytest.raises(weights.WeightUpdateError, match=r"config\.json is missing"):
+        weights.update_from_disk(endpoints, "student", tmp_path, 11, TIMEOUT)
+    assert generate(endpoints, random_ids(5, seed=1)).weight_version != 11
+    broken = shutil.copytree(live_fleet.other_student, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(weights.WeightUpdateError, match="version 11 not loaded"):
+        weights.update_from_disk(endpoints, "student", broken, 11, TIMEOUT)
+    # The engines stand still until an update succeeds.
+    weights.update_from_disk(endpoints, "student", live_fleet.student, 12, TIMEOUT)
+    assert generate(endpoints, random_ids(5, seed=1)).weight_version == 12
+
+
+def test_only_the_student_changes(live_fleet: LiveFleet) -> None:
+    with pytest.raises(ValueError, match="only the weights of 'student'"):
+        weights.update_from_disk(
+            live_fleet.endpoints, "teacher", live_fleet.other_student, 1, TIMEOUT
+        )
+
+
+def test_a_request_that_does_not_fit(live_fleet: LiveFleet) -> None:
+    with pytest.raises(EngineError, match="maximum context length of 512") as caught:
+        generate(live_fleet.endpoints, random_ids(500, seed=1), max_new_tokens=100)
+    assert not caught.value.retryable
+    with pytest.raises(EngineError, match="longer than") as caught:
+        score_once(live_fleet.endpoints, "teacher", random_ids(CONTEXT_LENGTH + 8, seed=1), 1)
+    assert not caught.value.retryable
+
+
+def test_a_cancelled_request_ends_in_the_engine(live_fleet: LiveFleet) -> None:
+    endpoints = live_fleet.endpoints
+    sampling = SamplingSettings(max_new_tokens=500, ignore_eos=True)
+
+    async def run() -> list[int]:
+        async with EngineClient(endpoints) as client:
+            tasks = [
+                asyncio.create_task(client.generate("student", [5], sampling, rid=f"cancel{n}"))
+                for n in range(8)
+            ]
+            await asyncio.sleep(0.2)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0.2)
+            urls = endpoints.model("student").engines
+            return [await _running_requests(client, url) for url in urls]
+
+    assert asyncio.run(run()) == [0, 0]
+
+
+async def _running_requests(client: EngineClient, url: str) -> int:
+    loads = (await client.get(f"{url}/v1/loads"))["loads"]
+    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+
+def test_the_front_door_streams_and_chats(live_fleet: LiveFleet) -> None:
+    async def run() -> tuple[list[dict[str, object]], dict[str, object], tuple[int, str]]:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as session:
+            door = live_fleet.endpoints.front_door
+            sampling = {"max_new_tokens": 8, "ignore_eos": True}
+            body = {"model": "teacher", "input_ids": [5, 6], "sampling_params": sampling}
+            async with session.post(f"{door}/generate", json=body | {"stream": True}) as response:
+                assert response.content_type == "text/event-stream"
+                lines = [line.decode().strip() async for line in response.content]
+            events = [
+                json.loads(line.removeprefix("data: "))
+                for line in lines
+                if line.startswith("data: ") and "[DONE]" not in line
+            ]
+            chat = {
+                "model": "student",
+                "messages": [{"role": "user", "content": "w10 w11"}],
+                "max_tokens": 4,
+            }
+            async with session.post(f"{door}/v1/chat/completions", json=chat) as response:
+                assert response.status == 200, await response.text()
+                answer = await response.json()
+            async with session.post(f"{door}/generate", json=body | {"model": "x"}) as response:
+                return events, answer, (response.status, await response.text())
+
+    events, answer, unknown = asyncio.run(run())
+    assert len(events) > 1
+    assert answer["model"] == "student"
+    assert unknown[0] == 404
+    assert "student, teacher" in unknown[1]
