@@ -21,7 +21,7 @@ setup-dev: setup ## the same, with the test and check tools
 	scripts/setup_trainer.sh --dev
 
 demo: setup ## set up, then run the arithmetic example from data to evaluation
-	.venv/bin/python examples/arithmetic/run.py
+	.venv/bin/python -m examples.arithmetic.run
 
 test: setup-dev ## set up, then lint, types and tests
 	scripts/check.sh
