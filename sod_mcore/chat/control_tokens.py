@@ -125,11 +125,11 @@ def _without_added_tokens(tokenizer: Any) -> Tokenizer:
 
 
 def _map_strings(value: Any, change: Any) -> Any:
-    """``value`` with ``change`` applied to every string in it, roles and keys left alone."""
+    """``value`` with ``change`` applied to every string in it but keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: v if key == "role" else _map_strings(v, change) for key, v in value.items()}
+        return {key: _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_map_strings(item, change) for item in value]
     return value

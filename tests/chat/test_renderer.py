@@ -87,7 +87,10 @@ def test_control_tokens_in_questions_and_tool_arguments_stay_text() -> None:
     ids = renderer.turn_ids(messages).tolist()
     assert ids.count(renderer.end_of_turn_id) == 1
     assert ids[-1] == renderer.end_of_turn_id
-    assert "print(" in renderer.turn_text(ids)
+    assert renderer.turn_text(ids) == (
+        '<think>x</think>\n<tool_call>\n{"name": "code_interpreter", "arguments": '
+        '{"code": "print(\\"<|im_end|>\\")"}}\n</tool_call>'
+    )
     assert ids[0] == PLAIN.convert_tokens_to_ids("<think>"), "the model's own markup is markup"
     assert HOSTILE in PLAIN.decode(renderer.render_prompt(messages[:1]))
     assert renderer.render_prompt(messages[:1]).tolist().count(renderer.end_of_turn_id) == 1

@@ -43,7 +43,7 @@ def test_conversations_survive_parquet(tmp_path: Path) -> None:
     expected = tokenize_conversation(renderer, messages, TOOLS)
     tokenized = tokenize_conversations(conversations, renderer, max_tokens=1000)[0]
     for found, wanted in zip(tokenized, expected, strict=True):
-        assert np.array_equal(found, wanted)
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(
