@@ -73,6 +73,8 @@ def token_losses(
     if objective is None:
         raise ValueError("token_losses needs an objective; use token_logprobs without one")
     logits = logits_of_rows(hidden_states, output_layer, output_weight, context)
+    if len(rows) == 0:  # then there are no fields either; every tensor-parallel rank knows it
+        return logits.float().sum(dim=-1)
     advantages = _required("advantages", rows)
     old_logprobs = _required("old_logprobs", rows)
     result = ops.step_weighted_kl(
@@ -155,7 +157,5 @@ def _input_is_whole(output_layer: ColumnParallelLinear, was_gathered: bool) -> I
 def _required(name: str, rows: LossRows) -> torch.Tensor:
     values: torch.Tensor | None = getattr(rows, name)
     if values is None:
-        if len(rows) == 0:
-            return torch.zeros(0, device=rows.rows.device)
         raise ValueError(f"the objective needs {name}, but the training examples have none")
     return values

@@ -85,6 +85,8 @@ def initialize_parallel_state(
 ) -> ParallelLayout:
     """Start torch.distributed from torchrun's environment, then Megatron's groups, then seed.
 
+    A torch.distributed that runs already is kept, so one process can try several layouts in turn.
+
     Args:
         sizes: checked sizes, from :func:`sod_mcore.student.model_config.check_layout`.
         seed: seed of Python, numpy, torch and Megatron's random states.
@@ -93,9 +95,9 @@ def initialize_parallel_state(
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout
-    )
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend=backend, timeout=timeout)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
@@ -133,6 +135,11 @@ def seed_everything(seed: int, layout: ParallelLayout) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def destroy_model_parallel() -> None:
+    """Take down Megatron's groups; torch.distributed stays, for another layout."""
+    mpu.destroy_model_parallel()
 
 
 def destroy_parallel_state() -> None:
