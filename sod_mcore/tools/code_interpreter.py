@@ -130,7 +130,8 @@ class CodeInterpreter:
         return self._observation(result)
 
     def _observation(self, result: SandboxResult) -> ToolResult:
-        output = self._rule.cut(result.stdout + result.stderr)
+        # Without print's last newline: the chat template ends the observation with one of its own.
+        output = self._rule.cut((result.stdout + result.stderr).removesuffix("\n"))
         end = describe_end(result, self._sandbox.limits)
         if output and end and not output.endswith("\n"):
             output += "\n"

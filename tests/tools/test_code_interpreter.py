@@ -86,25 +86,25 @@ class TestCall:
         ("code", "text"),
         [
             # C1, as it should be
-            ("x=1\nx", "1\n"),
-            ("for i in range(3):\n    print(i)", "0\n1\n2\n"),
-            ("x = 3\nx * 2\n# done", "6\n"),
-            ("3 * 2  # twice", "6\n"),
+            ("x=1\nx", "1"),
+            ("for i in range(3):\n    print(i)", "0\n1\n2"),
+            ("x = 3\nx * 2\n# done", "6"),
+            ("3 * 2  # twice", "6"),
             ("x = 5", ""),
             # never twice, never None
-            ("print(7)", "7\n"),
-            ("print(\n    7,\n)", "7\n"),
+            ("print(7)", "7"),
+            ("print(\n    7,\n)", "7"),
             ("[].append(1)", ""),
             ("None", ""),
             # strings as `print` shows them
-            ("'a\\nb'", "a\nb\n"),
-            ("import math\nmath.pi\n\n\n", "3.141592653589793\n"),
-            ("def f():\n    return 4\n\nf()", "4\n"),
+            ("'a\\nb'", "a\nb"),
+            ("import math\nmath.pi\n\n\n", "3.141592653589793"),
+            ("def f():\n    return 4\n\nf()", "4"),
             ("if True:\n    5", ""),
-            ("1; 2", "2\n"),
+            ("1; 2", "2"),
             ("", ""),
-            ("```python\n2 ** 10\n```", "1024\n"),
-            ("import sys\nprint('o')\nsys.stderr.write('e\\n')\nx = 1", "o\ne\n"),
+            ("```python\n2 ** 10\n```", "1024"),
+            ("import sys\nprint('o')\nsys.stderr.write('e\\n')\nx = 1", "o\ne"),
         ],
     )
     async def test_shown_value(self, sandbox: Sandbox, code: str, text: str) -> None:
@@ -114,24 +114,24 @@ class TestCall:
         full = CodeInterpreter(sandbox, ToolOutputRule(max_characters=2000))
         short = CodeInterpreter(sandbox, ToolOutputRule(traceback="last_line"))
         syntax = {"code": "print((1"}
-        assert await short.call(syntax) == ToolResult("SyntaxError: '(' was never closed\n", False)
+        assert await short.call(syntax) == ToolResult("SyntaxError: '(' was never closed", False)
         assert (await full.call(syntax)).text == (
             '  File "<code>", line 1\n    print((1\n         ^\n'
-            "SyntaxError: '(' was never closed\n"
+            "SyntaxError: '(' was never closed"
         ).replace("         ^", "          ^")
         error = {"code": "print('a')\nx = {}\nx['key']"}
-        assert await short.call(error) == ToolResult("a\nKeyError: 'key'\n", False)
+        assert await short.call(error) == ToolResult("a\nKeyError: 'key'", False)
         assert (await full.call(error)).text == (
             'a\nTraceback (most recent call last):\n  File "<code>", line 3, in <module>\n'
-            "    x['key']\n    ~^^^^^^^\nKeyError: 'key'\n"
+            "    x['key']\n    ~^^^^^^^\nKeyError: 'key'"
         )
         chained = {"code": "try:\n    1/0\nexcept Exception:\n    raise ValueError('a\\nb')"}
-        assert await short.call(chained) == ToolResult("ValueError: a\nb\n", False)
+        assert await short.call(chained) == ToolResult("ValueError: a\nb", False)
         assert "bootstrap" not in (await full.call(chained)).text
 
     async def test_long_output_is_cut(self, sandbox: Sandbox) -> None:
         result = await CodeInterpreter(sandbox).call({"code": "'x' * 1000"})
-        assert result == ToolResult("x" * 128 + "...(truncated)..." + "x" * 127 + "\n", True)
+        assert result == ToolResult("x" * 128 + "...(truncated)..." + "x" * 128, True)
 
     async def test_broken_limits_are_told(self, nothing_left_behind: None) -> None:
         limits = SandboxLimits(wall_seconds=0.5, output_bytes=1000)
@@ -141,7 +141,7 @@ class TestCall:
                 "ab\nExecution timed out after 0.5 s.", False
             )
             assert await tool.call({"code": "while True: print('x')"}) == ToolResult(
-                "x\n...(truncated)...x\nExecution was stopped: it printed more than 1000 bytes.",
+                "x\n...(truncated)...\nx\nExecution was stopped: it printed more than 1000 bytes.",
                 False,
             )
             assert await tool.call({"code": "import os; os._exit(5)"}) == ToolResult(
@@ -158,7 +158,7 @@ class TestCall:
         result = await CodeInterpreter(sandbox).call(
             {"code": "1", "timeout": 600, "language": "sh"}
         )
-        assert result == ToolResult("1\n", True)
+        assert result == ToolResult("1", True)
 
     async def test_broken_sandbox_is_no_observation(self) -> None:
         with pytest.raises(InfrastructureError):
