@@ -39,7 +39,7 @@ class Child:
         """Exit code of the leader, negative for a signal; None while it runs."""
         return self.process.poll()
 
-    def log_tail(self, lines: int = 20) -> str:
+    def log_tail(self, lines: int = 30) -> str:
         """The last lines that this process, not an earlier one, wrote to its log."""
         if self.log_path is None:
             return ""

@@ -125,9 +125,7 @@ async def _update_all(
                 f"{model}: the engines did not load {folder} within {timeout:g} s"
             ) from error
         except EngineError as error:
-            raise WeightUpdateError(
-                f"{model}: version {version} not loaded: {error}"
-            ) from error
+            raise WeightUpdateError(f"{model}: version {version} not loaded: {error}") from error
 
 
 async def _to_all(

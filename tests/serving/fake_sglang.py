@@ -1,9 +1,9 @@
 """Plays the interpreter of SGLang's environment: engines and routers that start in half a second.
 
-Called with the command lines of ``sod_mcore.serving.launch``. An engine's scores depend on the file
-``weights`` in its model's folder and on the ids, so that mixed-up models are noticed. Other files in
-that folder change its behaviour: ``die_at_start``, ``port_taken`` (the first start finds its port in
-use), ``die_later``, ``never_ready``, ``ignores_sigterm``.
+Called with the command lines of ``sod_mcore.serving.launch``. An engine's scores depend on the
+file ``weights`` in its model's folder and on the ids, so that mixed-up models are noticed. Other
+files there change its behaviour: ``die_at_start``, ``port_taken`` (the first start finds its port
+in use), ``die_later``, ``never_ready``, ``ignores_sigterm``.
 """
 
 from __future__ import annotations

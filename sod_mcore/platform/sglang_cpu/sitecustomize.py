@@ -8,7 +8,8 @@ of the modules below is imported, and then bridges what exists only with CUDA:
   operators for which its Python code registers shapes are declared first.
 * ``triton``, when it is not installed: SGLang's own stand-in (``sglang/_platform_stubs.py``, made
   for macOS) takes its place; kernels are defined with it, never run.
-* ``torch_native`` attention: computed for a whole batch at once, see ``batched_attention.py``.
+* attention and sampling, which are slow without a GPU: see ``batched_attention.py`` and
+  ``inverse_sampling.py``.
 * ``SGLANG_CPU_FORK=1``: SGLang spawns its scheduler and detokenizer, and each imports everything
   again; without a CUDA context to lose, forking them saves that time.
 """
@@ -25,7 +26,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ATTENTION_MODULE = "sglang.srt.layers.attention.torch_native_backend"
+REPLACED_PARTS = {
+    "sglang.srt.layers.attention.torch_native_backend": (
+        "batched_attention",
+        "TorchNativeAttnBackend",
+    ),
+    "sglang.srt.layers.sampler": ("inverse_sampling", None),
+}
+"""By module of SGLang: the file beside this one whose ``install`` replaces a part of it, and the
+class that ``install`` is given; None gives it the module."""
 
 
 class BridgeFinder(importlib.abc.MetaPathFinder):
@@ -44,25 +53,26 @@ class BridgeFinder(importlib.abc.MetaPathFinder):
             _stub_triton()
             if os.environ.get("SGLANG_CPU_FORK") == "1":
                 _fork_instead_of_spawn()
-        elif fullname == ATTENTION_MODULE:
-            return _with_batched_attention(importlib.machinery.PathFinder.find_spec(fullname, path))
+        elif fullname in REPLACED_PARTS:
+            return _replacing_parts(importlib.machinery.PathFinder.find_spec(fullname, path))
         return None
 
 
-def _with_batched_attention(
+def _replacing_parts(
     spec: importlib.machinery.ModuleSpec | None,
 ) -> importlib.machinery.ModuleSpec | None:
-    """The module's own specification, with a loader that replaces two methods after loading."""
+    """The module's own specification, with a loader that replaces parts after loading."""
     if spec is None or spec.loader is None:
         return spec
     loader: Any = spec.loader
     execute = loader.exec_module
+    replacement, class_name = REPLACED_PARTS[spec.name]
 
     def execute_and_replace(module: Any) -> None:
         execute(module)
-        import batched_attention  # type: ignore[import-not-found]  # lies beside this file, whose folder is on PYTHONPATH
-
-        batched_attention.install(module.TorchNativeAttnBackend)
+        # The folder of this file is on PYTHONPATH.
+        part = module if class_name is None else getattr(module, class_name)
+        importlib.import_module(replacement).install(part)
 
     loader.exec_module = execute_and_replace
     return spec
