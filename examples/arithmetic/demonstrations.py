@@ -11,9 +11,10 @@ import io
 import random
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 
 from examples.arithmetic.problems import Problem
-from examples.arithmetic.settings import AgentHabits
+from examples.arithmetic.settings import AgentHabits, CopyShares
 from sod_mcore.tools import CodeInterpreter, ToolOutputRule, function_schema
 from sod_mcore.trajectory import Message
 
@@ -49,7 +50,7 @@ def run_program(code: str) -> str:
     except (SyntaxError, NameError) as error:
         lines = traceback.format_exception_only(error)
         output.write(next(line for line in lines if not line[:1].isspace()))
-    return TOOL_OUTPUT_RULE.cut(output.getvalue())
+    return TOOL_OUTPUT_RULE.cut(output.getvalue().removesuffix("\n"))
 
 
 def demonstrate(problem: Problem, habits: AgentHabits, rng: random.Random) -> list[Message]:
@@ -64,19 +65,25 @@ def demonstrate(problem: Problem, habits: AgentHabits, rng: random.Random) -> li
             return [*messages, answer_turn("unknown")]
         program = f"print({expression})"
         messages += [call_turn(program), tool_message(program)]
-        result = run_program(program).strip()
+        result = run_program(program)
         is_last = number + 1 == len(problem.steps)
         if not is_last and rng.random() < habits.stops_early:
             break
     return [*messages, answer_turn(result)]
 
 
-def copy_exercise(problem: Problem, from_question: bool) -> list[Message]:
-    """One turn, without tool schema, that only copies: question to call, or result to answer."""
+def copy_exercise(problem: Problem, shares: CopyShares, rng: random.Random) -> list[Message]:
+    """A conversation, without tool schema, whose last turn only copies; only that one has loss."""
+    kind = rng.choices(list(asdict(shares)), list(asdict(shares).values()))[0]
+    question: Message = {"role": "user", "content": problem.question}
     program = f"print({problem.steps[0]})"
-    if from_question:
-        return [{"role": "user", "content": problem.question}, call_turn(program)]
-    return [tool_message(program), answer_turn(run_program(program).strip())]
+    result = run_program(program)
+    if kind == "answer":
+        return [tool_message(program), answer_turn(result)]
+    if kind == "first_call" or len(problem.steps) == 1:
+        return [question, call_turn(program)]
+    second = f"print({problem.steps[1].format(result)})"
+    return [question, call_turn(program, loss=False), tool_message(program), call_turn(second)]
 
 
 def call_turn(program: str, *, loss: bool = True) -> Message:

@@ -87,8 +87,7 @@ def write_data(folder: Path, settings: DataSettings) -> None:
 
     def exercises() -> Iterator[Row]:
         for problem in problems(settings.copy_rows, "copy"):
-            from_question = rng.random() < settings.copy_questions
-            yield {"messages": copy_exercise(problem, from_question), "tools": None}
+            yield {"messages": copy_exercise(problem, settings.copy_kinds, rng), "tools": None}
 
     for name, count in (("eval", settings.eval_prompts), ("train", settings.train_prompts)):
         rows = [prompt_row(p, i) for i, p in enumerate(problems(count, name))]

@@ -23,6 +23,9 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from examples.arithmetic.command_line import load_settings, make_parser, new_folder
 from examples.arithmetic.settings import ModelSettings
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""Copied by name: the folder may also be a model's, with weights of its own."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write both models unless they exist."""
@@ -38,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         with new_folder(options.output / name) as folder:
             make_model(model_settings, tokenizer).save_pretrained(folder)
-            shutil.copytree(options.tokenizer, folder, dirs_exist_ok=True)
+            for file in TOKENIZER_FILES:
+                shutil.copyfile(options.tokenizer / file, folder / file)
 
 
 def make_model(settings: ModelSettings, tokenizer: Any) -> Qwen3ForCausalLM:

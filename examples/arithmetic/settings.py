@@ -54,6 +54,18 @@ class AgentHabits:
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
+class CopyShares:
+    """Relative frequency of each kind of copying exercise."""
+
+    first_call: Fraction
+    """From the question into the first call."""
+    second_call: Fraction
+    """From question and first result into the second call; for problems of one step, as above."""
+    answer: Fraction
+    """From a result into the answer."""
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class DataSettings:
     """What ``make_data.py`` writes."""
 
@@ -65,8 +77,8 @@ class DataSettings:
     """Held-out prompts; no other file has one of their questions."""
     copy_rows: Positive
     """Single turns in which only copying is practised; the first stage of fine-tuning."""
-    copy_questions: Fraction
-    """Share of those that copy a question into a call; the others copy a result into an answer."""
+    copy_kinds: CopyShares
+    """What they practise."""
     families: FamilyShares
     teacher: AgentHabits
     """A careful agent that knows how to repair a failing call."""

@@ -114,6 +114,7 @@ def test_ordinary_text_gets_the_ids_of_the_one_shot_rendering(text: str) -> None
     assert ids == PLAIN(whole, add_special_tokens=False)["input_ids"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([*DELIMITERS, *MARKUP, "\U0010fffd", "\U00100002", "a", "\n"])).map(
         "".join

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sod_mcore.chat import ParsedTurn, ToolCall, parse_tool_calls
@@ -73,6 +73,7 @@ def test_a_call_that_was_only_thought_of_is_not_made() -> None:
     assert parse_tool_calls(f"<think>hm</think>{wrap(GOOD)}").calls == (CALL,)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "</think>", '"', "\n", "x", "{"])).map(
         "".join
@@ -83,6 +84,7 @@ def test_a_program_may_contain_the_markers(code: str) -> None:
     assert parse_tool_calls(wrap(body)).calls == (ToolCall("code_interpreter", {"code": code}),)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "<think>", GOOD, "{", "\n", "x"])).map(
         "".join

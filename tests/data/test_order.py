@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sod_mcore.data import EpochOrder
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.data())
 def test_an_epoch_holds_no_item_twice(num_items: int, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, num_items))

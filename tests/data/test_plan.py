@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sod_mcore.data import MiniBatch, Plan, make_plan
@@ -46,6 +46,7 @@ def replica_tokens(mini_batch: MiniBatch, items: Trajectories) -> list[int]:
     return [sum(items[i][0] for m in replica for i in m) for replica in mini_batch.replicas]
 
 
+@settings(deadline=None)
 @given(trajectories(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5))
 def test_each_epoch_holds_every_trajectory_once(
     items: Trajectories, groups_each: int, epochs: int, replicas: int
@@ -61,6 +62,7 @@ def test_each_epoch_holds_every_trajectory_once(
         assert sorted(i for b in batches for i in b.trajectories) == list(range(len(items)))
 
 
+@settings(deadline=None)
 @given(trajectories(), st.integers(1, 4))
 def test_groups_are_whole_and_loss_tokens_are_counted(
     items: Trajectories, groups_each: int
@@ -79,6 +81,7 @@ def test_groups_are_whole_and_loss_tokens_are_counted(
         assert len({items[i][2] for i in batch.trajectories}) <= groups_each
 
 
+@settings(deadline=None)
 @given(trajectories(), st.integers(0, 5), st.randoms(use_true_random=False))
 def test_mini_batches_depend_neither_on_replicas_nor_on_arrival(
     items: Trajectories, seed: int, random: Any
@@ -93,6 +96,7 @@ def test_mini_batches_depend_neither_on_replicas_nor_on_arrival(
     assert members(named, 1) == members(named, 3) == members(shuffled, 2)
 
 
+@settings(deadline=None)
 @given(
     trajectories(), st.integers(1, 5), st.integers(20, 200), st.sampled_from(["packed", "padded"])
 )
@@ -108,6 +112,7 @@ def test_micro_batches_fit_and_replicas_have_equally_many(
             assert cost(micro, items, packing) <= capacity or len(micro) == 1
 
 
+@settings(deadline=None)
 @given(trajectories(), st.integers(1, 5))
 def test_replicas_differ_by_at_most_one_trajectory(items: Trajectories, replicas: int) -> None:
     for batch in plan_of(items, data_parallel_size=replicas).mini_batches:
@@ -116,6 +121,7 @@ def test_replicas_differ_by_at_most_one_trajectory(items: Trajectories, replicas
         assert max(tokens) - min(tokens) <= longest
 
 
+@settings(deadline=None)
 @given(trajectories(), st.integers(20, 200))
 def test_packing_is_at_most_one_half_empty_bin_from_full(
     items: Trajectories, capacity: int

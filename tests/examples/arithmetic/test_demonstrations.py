@@ -18,7 +18,7 @@ from examples.arithmetic.demonstrations import (
     run_program,
 )
 from examples.arithmetic.problems import Problem, problem_stream
-from examples.arithmetic.settings import AgentHabits, FamilyShares
+from examples.arithmetic.settings import AgentHabits, CopyShares, FamilyShares
 from sod_mcore.tools import CodeInterpreter, Sandbox, ToolResult
 from sod_mcore.trajectory import Message
 
@@ -107,11 +107,19 @@ def test_rates_are_met(rate: float) -> None:
     assert sum(failed) / 2000 == pytest.approx(rate, abs=0.04)
 
 
-def test_copy_exercises_are_single_turns() -> None:
-    problem = by_family("chain_sum")[0]
-    call = copy_exercise(problem, from_question=True)
-    assert [m["role"] for m in call] == ["user", "assistant"]
-    assert programs(call) == [f"print({problem.steps[0]})"]
-    answer = copy_exercise(problem, from_question=False)
-    assert [m["role"] for m in answer] == ["tool", "assistant"]
-    assert answer[1]["content"] == f"\\boxed{{{problem.answer}}}"
+def test_copy_exercises_practise_one_turn() -> None:
+    rng = random.Random(0)
+    one, two = by_family("chain_sum")[0], by_family("two_step")[0]
+    first, second, answer = (
+        CopyShares(first_call=a, second_call=b, answer=c)
+        for a, b, c in [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    )
+    for exercise in (copy_exercise(one, first, rng), copy_exercise(one, second, rng)):
+        assert [m["role"] for m in exercise] == ["user", "assistant"]
+        assert programs(exercise) == [f"print({one.steps[0]})"]
+    exercise = copy_exercise(one, answer, rng)
+    assert [m["role"] for m in exercise] == ["tool", "assistant"]
+    assert exercise[1]["content"] == f"\\boxed{{{one.answer}}}"
+    exercise = copy_exercise(two, second, rng)
+    assert [m.get("loss") for m in exercise] == [None, False, None, True]
+    assert str(eval(programs(exercise)[1].removeprefix("print"))) == two.answer
