@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
@@ -27,7 +26,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from sod_mcore.student.conversion.save import sync_folder
-from sod_mcore.student.exchange import broadcast_from_rank0
+from sod_mcore.student.exchange import broadcast_from_rank0, wait_for_all
 from sod_mcore.student.model import unwrap
 from sod_mcore.student.optimizer import initialize_adam_state
 from sod_mcore.student.parallel_state import ParallelLayout
@@ -61,7 +60,7 @@ def save(
     _on_rank_zero(state, lambda: _make_empty(temporary))
     dist_checkpointing.save(_sharded_state(state, is_loading=False), str(temporary))
     torch.save(_random_states(), _random_file(temporary, state.layout.rank))
-    dist.barrier(group=state.layout.world_group)
+    wait_for_all(state.layout.world_group)
     _on_rank_zero(state, lambda: _complete(temporary, directory / name, state, progress, keep))
 
 

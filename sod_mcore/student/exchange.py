@@ -86,6 +86,11 @@ def gather_to_rank0(
     return result
 
 
+def wait_for_all(group: dist.ProcessGroup) -> None:
+    """Return when every rank is here; a barrier that leaves the device alone."""
+    dist.all_reduce(torch.zeros(1), group=group)
+
+
 def sum_over_ranks(values: dict[str, float], group: dist.ProcessGroup) -> dict[str, float]:
     """Sum dictionaries of numbers over the group; missing names count as 0."""
     gathered: list[dict[str, float] | None] = [None] * dist.get_world_size(group)

@@ -59,9 +59,7 @@ def build_model(
         "use_distributed_optimizer": use_distributed_optimizer,
         **ddp,
     }
-    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(**ddp_fields), model)
-    wrapped.broadcast_params()
-    return wrapped
+    return DistributedDataParallel(config, DistributedDataParallelConfig(**ddp_fields), model)
 
 
 def layer_specification(config: TransformerConfig) -> TransformerBlockSubmodules:

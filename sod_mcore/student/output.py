@@ -136,7 +136,7 @@ def logits_of_rows(
     selected = hidden_states.flatten(0, 1).index_select(0, rows)
     with _input_is_whole(output_layer, is_sequence_parallel):
         logits, _ = output_layer(selected, weight=output_weight, runtime_gather_output=False)
-    return logits[:num_rows]
+    return logits if num_rows else logits[:0]
 
 
 @contextmanager

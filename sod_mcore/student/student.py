@@ -26,7 +26,7 @@ from sod_mcore.student.conversion.export import NamedTensors, iterate_hf_tensors
 from sod_mcore.student.conversion.load import load_hf_weights
 from sod_mcore.student.conversion.save import save_hf_folder
 from sod_mcore.student.examples import TrainingExample
-from sod_mcore.student.exchange import gather_to_rank0, sum_over_ranks
+from sod_mcore.student.exchange import gather_to_rank0, sum_over_ranks, wait_for_all
 from sod_mcore.student.forward_backward import MicroBatches, Schedule
 from sod_mcore.student.model import build_model, unwrap
 from sod_mcore.student.optimizer import build_optimizer, build_schedule
@@ -175,7 +175,7 @@ class Student:
         else:
             for _ in buckets:
                 pass
-        torch.distributed.barrier(group=self.layout.world_group)
+        wait_for_all(self.layout.world_group)
 
     def save_checkpoint(
         self, directory: str | Path, step: int, progress: Mapping[str, Any], keep: int = 2

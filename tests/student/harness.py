@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def make_examples() -> list[TrainingExample]:
                 loss_mask=mask if index != 2 else np.zeros(length, np.bool_),
                 advantages=floats(),
                 token_weights=np.abs(floats()),
-                old_logprobs=floats() - 5,
+                old_logprobs=1.5 * floats() - 6,
                 teacher_logprobs=floats() - 5,
             )
         )
@@ -110,7 +111,7 @@ def split_examples(
     """A replica's micro-batches: every ``num_replicas``-th example, cut at ``case.split``."""
     mine = list(examples[replica::num_replicas])
     bounds = (0, *case.split)
-    return [mine[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [mine[a:b] for a, b in pairwise(bounds)]
 
 
 def launch(cases: Sequence[Case], num_processes: int, folder: Path) -> dict[str, dict[str, Any]]:
@@ -136,7 +137,7 @@ def launch(cases: Sequence[Case], num_processes: int, folder: Path) -> dict[str,
         check=False,
     )
     if done.returncode:
-        raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}{done.stderr[-9000:]}")
-    return {
-        case.name: torch.load(folder / f"{case.name}.pt", weights_only=False) for case in cases
-    }
+        raise AssertionError(
+            f"{' '.join(command)} failed:\n{done.stdout[-3000:]}{done.stderr[-9000:]}"
+        )
+    return {case.name: torch.load(folder / f"{case.name}.pt", weights_only=False) for case in cases}

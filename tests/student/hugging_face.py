@@ -1,4 +1,4 @@
-"""The same numbers from transformers' models and plain autograd, one sequence at a time, unsharded."""
+"""The same numbers from transformers' models and plain autograd, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -42,22 +42,26 @@ def expected_results(
     ]
     masks = [torch.from_numpy(example.loss_mask[1:]) for example in examples]
     num_tokens = sum(int(mask.sum()) for mask in masks)
-    sft_loss = sum(
-        -(values * mask).sum() for values, mask in zip(logprobs, masks, strict=True)
-    ) / num_tokens
-    objective_loss = sum(
-        (_token_losses(values, table, example, objective) * mask).sum()
-        for values, table, example, mask in zip(
-            logprobs, distributions, examples, masks, strict=True
+    sft_loss = (
+        sum(-(values * mask).sum() for values, mask in zip(logprobs, masks, strict=True))
+        / num_tokens
+    )
+    objective_loss = (
+        sum(
+            (_token_losses(values, table, example, objective) * mask).sum()
+            for values, table, example, mask in zip(
+                logprobs, distributions, examples, masks, strict=True
+            )
         )
-    ) / num_tokens
+        / num_tokens
+    )
     assert isinstance(sft_loss, torch.Tensor)
     assert isinstance(objective_loss, torch.Tensor)
     return Expected(
         logprobs=[values.detach() for values in logprobs],
-        sft_loss=float(sft_loss),
+        sft_loss=sft_loss.item(),
         sft_gradients=_gradients(model, sft_loss),
-        objective_loss=float(objective_loss),
+        objective_loss=objective_loss.item(),
         objective_gradients=_gradients(model, objective_loss),
     )
 
@@ -92,6 +96,4 @@ def _token_losses(
 
 def _gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     names, parameters = zip(*model.named_parameters(), strict=True)
-    return dict(
-        zip(names, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True)
-    )
+    return dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True))

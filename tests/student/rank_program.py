@@ -197,7 +197,7 @@ class Runner:
     def exchange(self) -> dict[str, Any]:
         group, rank = self.layout.world_group, self.layout.rank
         examples = broadcast_from_rank0(make_examples() if rank == 0 else None, group)
-        nothing = broadcast_from_rank0(None, group)
+        nothing: Any = broadcast_from_rank0(None, group)
         received: list[Any] = [None] * self.layout.world_size
         dist.all_gather_object(received, (examples, nothing))
         mine = [np.full(rank + n, rank + n / 4, np.float32) for n in range(rank + 1)]

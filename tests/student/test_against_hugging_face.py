@@ -48,7 +48,9 @@ def results_of(request: pytest.FixtureRequest, launch: str, case: Case) -> dict[
 def replica_order(num_replicas: int) -> list[int]:
     """Indices of the examples in the order in which replicas report them."""
     count = len(make_examples())
-    return [index for replica in range(num_replicas) for index in range(replica, count, num_replicas)]
+    return [
+        index for replica in range(num_replicas) for index in range(replica, count, num_replicas)
+    ]
 
 
 def num_replicas(launch: str, case: Case) -> int:
