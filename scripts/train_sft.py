@@ -26,7 +26,7 @@ from sod_mcore.data.sft import read_conversations, tokenize_conversations
 from sod_mcore.loop.command_line import fail_once, read_command_line
 from sod_mcore.loop.rank_zero import on_rank_zero
 from sod_mcore.loop.stop import StopRequest
-from sod_mcore.report.metrics import MetricsLog
+from sod_mcore.report.metrics import MetricsLog, require_wandb
 from sod_mcore.report.progress import Progress
 from sod_mcore.student.examples import TrainingExample
 from sod_mcore.student.model_config import ParallelSizes, check_layout
@@ -46,6 +46,7 @@ def main() -> None:
             optimizer=config.optimizer,
             ddp=config.ddp,
         )
+        require_wandb(config.report)
         examples = load_examples(config)
     except (ConfigError, DataError) as error:
         fail_once(str(error))

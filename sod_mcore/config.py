@@ -420,7 +420,7 @@ def load_config(section: type[Section], path: Path, overrides: Sequence[str] = (
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise ConfigError(f"{path} is not YAML: {_one_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(tree).__name__}")
     for override in overrides:
@@ -450,7 +450,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+        raise ConfigError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    return " ".join(str(error).split())
 
 
 def _first_problem(section: type, error: ValidationError) -> str:

@@ -171,3 +171,12 @@ def test_fail_prints_one_line_and_exits_with_2(capsys: pytest.CaptureFixture[str
         fail("run.steps is 0")
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: run.steps is 0\n"
+
+
+@pytest.mark.parametrize("text", ["run: [", "run: {directory: 'a\n", "\tx: 1\n"])
+def test_a_file_that_is_not_yaml_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    assert "is not YAML" in load_error(tmp_path, text=text)
+
+
+def test_an_override_that_is_not_yaml_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert "the value is not YAML" in load_error(tmp_path, "run.steps=[1")

@@ -58,6 +58,8 @@ def stages() -> list[Stage]:
     )
     evaluate = (sys.executable, "scripts/evaluate.py", str(HERE / "sod.yaml"), *where)
     accuracy = FOLDER / "accuracy.json"
+    make_models = (*python, f"{module}make_models", "--tokenizer", str(tokenizer))
+    measure = (*serving, *where, "--", *evaluate, "--weights", f"{FOLDER}/teacher")
     return [
         Stage("data", data, [(*python, f"{module}make_data", "--output", str(data))]),
         Stage(
@@ -65,38 +67,10 @@ def stages() -> list[Stage]:
             tokenizer,
             [(*python, f"{module}make_tokenizer", "--data", str(data), "--output", str(tokenizer))],
         ),
-        Stage(
-            "models",
-            models,
-            [
-                (
-                    *python,
-                    f"{module}make_models",
-                    "--tokenizer",
-                    str(tokenizer),
-                    "--output",
-                    str(models),
-                ),
-            ],
-        ),  # fmt: skip
+        Stage("models", models, [(*make_models, "--output", str(models))]),
         Stage("copying", FOLDER / "copy_model", [(*train, *copying)]),
         Stage("fine-tuning", FOLDER / "teacher", [train]),
-        Stage(
-            "evaluation",
-            accuracy,
-            [
-                (
-                    *serving,
-                    *where,
-                    "--",
-                    *evaluate,
-                    "--weights",
-                    f"{FOLDER}/teacher",
-                    "--output",
-                    str(accuracy),
-                ),
-            ],
-        ),  # fmt: skip
+        Stage("evaluation", accuracy, [(*measure, "--output", str(accuracy))]),
     ]
 
 

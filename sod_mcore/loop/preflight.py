@@ -16,6 +16,7 @@ from sod_mcore.data.overlap import OverlapError, assert_disjoint
 from sod_mcore.data.parquet import DataError
 from sod_mcore.data.prompts import question_text, read_prompts
 from sod_mcore.loop.training_examples import make_objective
+from sod_mcore.report.metrics import require_wandb
 from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
 from sod_mcore.serving.weights import weight_versions
@@ -34,6 +35,7 @@ def check_before_launch(config: SodConfig) -> str | None:
             ddp=config.ddp,
         )
         check_settings(config)
+        require_wandb(config.report)
         if os.environ.get("RANK", "0") == "0":
             check_files(config)
             check_data(config)

@@ -1,0 +1,63 @@
+"""The ``sod`` command: thin faces of the package's parts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sod_mcore import config_help
+from sod_mcore.config import fail
+from sod_mcore.report.summary import summarise_rollout
+from sod_mcore.serving.__main__ import main as serve
+from sod_mcore.trajectory import RecordedBatch, Trajectory
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["serve"]:
+        # Handed on as it stands: what follows "--" belongs to another program.
+        return serve(arguments[1:])
+    options = _parser().parse_args(arguments)
+    if options.command == "settings":
+        print(config_help.reference_file(), end="")
+    else:
+        print(describe_batch(options.file, options.conversations))
+    return 0
+
+
+def describe_batch(path: Path, num_conversations: int) -> str:
+    """A recorded batch as text: its metrics, then the first conversations."""
+    if not path.is_file():
+        fail(f"{path}: no such file; record one with pretrain_sod.py --record DIR")
+    batch = RecordedBatch.load(path)
+    metrics = summarise_rollout(batch.trajectories, num_dropped=batch.num_dropped)
+    lines = [f"step {batch.step}, weight version {batch.weight_version}"]
+    lines += [f"  {name}: {value:.4g}" for name, value in metrics.items()]
+    lines += [_conversation(t) for t in batch.trajectories[:num_conversations]]
+    return "\n".join(lines)
+
+
+def _conversation(trajectory: Trajectory) -> str:
+    head = (
+        f"\n=== {trajectory.group_id}: reward {trajectory.reward:+.2f}, {trajectory.num_turns} turns, "
+        f"{len(trajectory)} tokens, ended by {trajectory.end_reason}"
+    )
+    return "\n".join([head, *(f"[{m['role']}] {m['content']}" for m in trajectory.messages)])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sod", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("serve", help="serve a configuration's models (sod_mcore.serving)")
+    commands.add_parser("settings", help="print every setting with its meaning, as YAML")
+    show = commands.add_parser("show", help="print a recorded batch")
+    show.add_argument("file", type=Path, help="written by pretrain_sod.py --record")
+    show.add_argument("--conversations", type=int, default=2, metavar="N", help="how many in full")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
