@@ -42,8 +42,9 @@ def describe_batch(path: Path, num_conversations: int) -> str:
 
 def _conversation(trajectory: Trajectory) -> str:
     head = (
-        f"\n=== {trajectory.group_id}: reward {trajectory.reward:+.2f}, {trajectory.num_turns} turns, "
-        f"{len(trajectory)} tokens, ended by {trajectory.end_reason}"
+        f"\n=== {trajectory.group_id}: reward {trajectory.reward:+.2f}, "
+        f"{trajectory.num_turns} turns, {len(trajectory)} tokens, "
+        f"ended by {trajectory.end_reason}"
     )
     return "\n".join([head, *(f"[{m['role']}] {m['content']}" for m in trajectory.messages)])
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -39,6 +41,7 @@ def prepare_megatron() -> None:
         raise RuntimeError(
             "megatron.core was imported before sod_mcore.student; import sod_mcore.student first"
         )
+    _quiet()
     patches: dict[str, list[Patch]] = {
         name: [patch] for name, patch in megatron_fixes.PATCHES.items()
     }
@@ -56,6 +59,13 @@ def prepare_megatron() -> None:
             around=dict.fromkeys(megatron_cpu.IMPORTS_TRITON, megatron_cpu.triton_stub),
         ),
     )
+
+
+def _quiet() -> None:
+    """Hide what 0.19.2 prints on every start without Transformer Engine and Apex: dozens of lines
+    about fallbacks, which are this project's choice (see the local layer specification)."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def _check_version() -> None:
