@@ -260,8 +260,8 @@ class EngineConfig:
     threads: Positive = 1
     """CPU threads of an engine without a GPU."""
     gpus: tuple[NonNegative, ...] = ()
-    """CUDA indices of the GPUs of this model's engines, shared evenly in order; an engine's share is
-    its tensor-parallel size. Empty leaves each engine one GPU of SGLang's choice."""
+    """CUDA indices of the GPUs of this model's engines, shared evenly in order; an engine's share
+    is its tensor-parallel size. Empty leaves each engine one GPU of SGLang's choice."""
     extra_args: tuple[str, ...] = ()
     """Further command-line arguments of sglang.launch_server, as they stand."""
 
@@ -450,7 +450,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
+        reason = _one_line(error)
+        raise ConfigError(f"override {override!r}: the value is not YAML: {reason}") from error
 
 
 def _one_line(error: yaml.YAMLError) -> str:

@@ -15,11 +15,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.arithmetic.command_line import RECIPE
 from examples.arithmetic.make_data import write_data
-from examples.arithmetic.settings import AgentHabits, DataSettings
+from examples.arithmetic.settings import ArithmeticSettings
+from sod_mcore.config import load_config
 from tests.end_to_end.programs import REPOSITORY, TEACHER, run, torchrun, write_config
 
 STEPS = 4
+SMALL_DATA = (
+    "data.train_prompts=64",
+    "data.eval_prompts=32",
+    "data.copy_rows=1",
+    "data.teacher.conversations=1",
+    "data.student.conversations=1",
+)
 NOISE = 0.12
 """Relative to each matrix's own standard deviation."""
 
@@ -41,14 +50,8 @@ def live_run(tmp_path_factory: pytest.TempPathFactory) -> LiveRun:
     """Engines, tools, trainer at tensor parallelism 2: a few steps with everything on."""
     folder = tmp_path_factory.mktemp("live")
     student = noisy_student(folder / "student")
-    habits = AgentHabits(conversations=1)
     (folder / "data").mkdir()
-    write_data(
-        folder / "data",
-        DataSettings(
-            train_prompts=64, eval_prompts=32, copy_rows=1, teacher=habits, student=habits
-        ),
-    )
+    write_data(folder / "data", load_config(ArithmeticSettings, RECIPE, SMALL_DATA).data)
     tree = configuration(folder, student)
     config = write_config(folder / "sod.yaml", tree)
     train = torchrun(2, "pretrain_sod.py", str(config), "--record", str(folder / "recordings"))
@@ -67,7 +70,7 @@ def noisy_student(folder: Path) -> Path:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter += NOISE * parameter.std() * noise
+                parameter.add_(NOISE * parameter.std() * noise)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(TEACHER).save_pretrained(folder)
     return folder
@@ -75,7 +78,7 @@ def noisy_student(folder: Path) -> Path:
 
 def configuration(folder: Path, student: Path) -> dict[str, Any]:
     """A run of minutes."""
-    engine = {"dtype": "float32", "context_length": 512}
+    engine: dict[str, Any] = {"dtype": "float32", "context_length": 512}
     return {
         "run": {
             "directory": str(folder / "run"),

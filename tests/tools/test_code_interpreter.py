@@ -116,8 +116,7 @@ class TestCall:
         syntax = {"code": "print((1"}
         assert await short.call(syntax) == ToolResult("SyntaxError: '(' was never closed", False)
         assert (await full.call(syntax)).text == (
-            '  File "<code>", line 1\n    print((1\n         ^\n'
-            "SyntaxError: '(' was never closed"
+            "  File \"<code>\", line 1\n    print((1\n         ^\nSyntaxError: '(' was never closed"
         ).replace("         ^", "          ^")
         error = {"code": "print('a')\nx = {}\nx['key']"}
         assert await short.call(error) == ToolResult("a\nKeyError: 'key'", False)
