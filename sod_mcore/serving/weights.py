@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from sod_mcore.serving.client import EngineClient, EngineError, TokenIds, parse_weight_version
 from sod_mcore.serving.fleet import Endpoints
@@ -51,13 +52,13 @@ def update_from_disk(
 
     Raises:
         ValueError: ``model`` is not the student, or ``version`` is negative.
-        WeightUpdateError: an engine refused, did not answer in time, or reports another version.
+        WeightUpdateError: the folder is damaged, or an engine refused, did not answer in time, or
+            reports another version.
     """
     _require_student(model)
     if version < 0:
         raise ValueError(f"version is {version}; versions count from 0")
-    if not (folder / "config.json").is_file():
-        raise WeightUpdateError(f"{folder} is no Hugging Face folder (config.json is missing)")
+    _check_folder(folder)
     mode = "retract" if running_requests == "continue" else "abort"
     asyncio.run(_update_all(endpoints, model, folder.resolve(), version, timeout, mode))
 
@@ -144,6 +145,19 @@ async def _confirm(client: EngineClient, url: str, version: int) -> None:
 
 async def _reported_version(client: EngineClient, url: str) -> int:
     return parse_weight_version((await client.get(f"{url}/model_info"))["weight_version"])
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what SGLang 0.5.23 would die of: a weight file that is cut off ends the engine."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not files:
+        raise WeightUpdateError(f"{folder} lacks config.json or *.safetensors; export it again")
+    for file in files:
+        try:
+            with safe_open(file, framework="np"):  # reads the header, which holds the file's size
+                pass
+        except SafetensorError as error:
+            raise WeightUpdateError(f"{file} is damaged ({error}); export it again") from error
 
 
 def _client(endpoints: Endpoints, timeout: float) -> EngineClient:

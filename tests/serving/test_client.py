@@ -296,3 +296,38 @@ def test_candidates_as_nested_lists() -> None:
 def test_candidates_that_cannot_be_trusted(rows: list[Any], message: str) -> None:
     with pytest.raises(ScoringError, match=message):
         score_answer({"input_token_logprobs": RIGHT, "input_top_logprobs": rows}, top_k=2)
+
+
+def test_candidates_come_from_the_engine_of_the_prompt() -> None:
+    """The router drops the fields that ask for arrays; a prompt's samples share an engine."""
+    hosts: list[str] = []
+
+    class Recorder(EngineClient):
+        async def post_generate(
+            self,
+            model: str,
+            request: dict[str, Any],
+            *,
+            rid: str | None = None,
+            base_url: str | None = None,
+        ) -> dict[str, Any]:
+            hosts.append(str(base_url))
+            raise EngineError("enough", retryable=False)
+
+    urls = tuple(f"http://engine-{index}" for index in range(3))
+    model = ModelEndpoints("student", "http://router", urls, "folder", 64, VOCAB_SIZE)
+    fleet = Endpoints("http://door", {"student": model}, 1, 1, "elsewhere")
+
+    async def run() -> None:
+        client = Recorder(fleet)
+        for first in range(20):
+            for last in range(2):
+                with pytest.raises(EngineError, match="enough"):
+                    await score(client, "student", [first, 5, last], 2, top_k=4)
+        with pytest.raises(EngineError, match="enough"):
+            await score(client, "student", [1, 2, 3], 2)
+
+    asyncio.run(run())
+    assert hosts.pop() == "None", "without candidates the router decides"
+    assert hosts[::2] == hosts[1::2]
+    assert set(hosts) == set(urls)
