@@ -35,11 +35,6 @@ from sod_mcore.tools.limits import SandboxLimits
 
 logger = logging.getLogger(__name__)
 
-COMMON_MODULES = (
-    *("bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq"),
-    *("itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing"),
-)
-
 
 class Sandbox:
     """A pool of one-shot isolated Python interpreters.
@@ -55,7 +50,7 @@ class Sandbox:
         max_concurrency: int = 16,
         warm_count: int = 4,
         package_paths: Sequence[Path] = (),
-        preloaded_modules: Sequence[str] = COMMON_MODULES,
+        preloaded_modules: Sequence[str] = (),
         python_prefix: Path | None = None,
         bubblewrap_path: Path | None = None,
         allow_unisolated: bool = False,
@@ -68,7 +63,8 @@ class Sandbox:
             warm_count: idle interpreters kept ready.
             package_paths: directories of Python packages (such as a site-packages) to be visible
                 inside; they must suit the Python there.
-            preloaded_modules: imported while an interpreter warms up.
+            preloaded_modules: imported while an interpreter warms up; pays only where interpreters
+                wait for calls, since each one is used once.
             python_prefix: installation of the Python to run, readable by every user; by default
                 the system's (/usr/bin/python3), or else the one that runs us.
             bubblewrap_path: bwrap to use instead of the pip package's or the system's.

@@ -1,37 +1,36 @@
 """The first program of a sandboxed interpreter: wait for one program, bound it, run it.
 
 It is not imported by the package: `interpreter.py` passes its text to `python3 -I -S -c` inside the
-sandbox, with the settings as one JSON argument. It writes "R" to standard output once the
-interpreter is warm, reads one JSON request from standard input up to its end, writes "S", and
-becomes that program. Whatever comes after the "S" was written by the program and proves nothing.
+sandbox, with the settings as one argument (hexadecimal marshal data). It writes "R" to standard
+output once the interpreter is warm, reads one request (marshal data) from standard input up to its
+end, writes "S", and becomes that program. Whatever comes after the "S" was written by the program
+and proves nothing.
 
 Source code of unknown origin is parsed here and never outside: CPython's parser can be crashed by
 hostile source.
 
 Only the standard library, and nothing newer than Python 3.10: the sandbox may hold another version
-than ours. The last lines of the file call `main`, since it is never imported.
+than ours. Modules written in Python are imported when needed only: `json`, `ast`, `typing` and
+`traceback` together would double the CPU time of a call. The last lines of the file call `main`,
+since it is never imported.
 """
 
-import ast
-import importlib
-import io
-import json
-import linecache
-import math
+from __future__ import annotations
+
+import _ast
+import marshal
 import os
 import resource
 import sys
 import time
-import traceback
 import types
-from typing import Any
 
 PROGRAM_NAME = "<code>"
 
 
 def apply_limits(limits: dict[str, int]) -> None:
     """Lower the hard limits of this process, which its children inherit, for good."""
-    warm_up_seconds = math.ceil(time.process_time())
+    warm_up_seconds = int(time.process_time()) + 1
     values = {
         resource.RLIMIT_CPU: limits["cpu_seconds"] + warm_up_seconds,
         resource.RLIMIT_AS: limits["memory_bytes"],
@@ -64,17 +63,23 @@ def replace_standard_input(text: str) -> None:
     sys.stdin = os.fdopen(0, encoding="utf-8", errors="replace", closefd=False)
 
 
-def install_traceback(message_only: bool) -> None:
+def install_traceback(code: str, message_only: bool) -> None:
     """Print uncaught exceptions as if the program had been started by itself."""
 
     def print_exception(
         kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
     ) -> None:
+        import linecache
+        import traceback
+
+        lines = [line + "\n" for line in code.split("\n")]
+        # No modification time: the entry is then never checked against a file.
+        linecache.cache[PROGRAM_NAME] = (len(code), None, lines, PROGRAM_NAME)
         while trace is not None and trace.tb_frame.f_code.co_filename != PROGRAM_NAME:
             trace = trace.tb_next
         if message_only:
-            lines = traceback.format_exception_only(kind, error)
-            sys.stderr.write(next(line for line in lines if not line[:1].isspace()))
+            message = traceback.format_exception_only(kind, error)
+            sys.stderr.write(next(line for line in message if not line[:1].isspace()))
         else:
             # Not sys.__excepthook__: it would look for the source lines in a file.
             traceback.print_exception(kind, error, trace)
@@ -88,16 +93,15 @@ def show(value: object) -> None:
         print(value)
 
 
-def run(request: dict[str, Any]) -> None:
+def run(request: dict) -> None:
     """Run the program as `__main__`. Its last expression is shown if the request says so."""
     code = request["code"]
-    lines = [line + "\n" for line in code.split("\n")]
-    # No modification time: the entry is then never checked against a file.
-    linecache.cache[PROGRAM_NAME] = (len(code), None, lines, PROGRAM_NAME)
-    tree = ast.parse(code, PROGRAM_NAME)
+    tree: _ast.Module = compile(  # type: ignore[assignment]
+        code, PROGRAM_NAME, "exec", _ast.PyCF_ONLY_AST
+    )
     last = None
-    if request["print_last_expression"] and tree.body and isinstance(tree.body[-1], ast.Expr):
-        shown = ast.Interactive(body=[tree.body.pop()])
+    if request["print_last_expression"] and tree.body and isinstance(tree.body[-1], _ast.Expr):
+        shown = _ast.Interactive(body=[tree.body.pop()])
         last = compile(shown, PROGRAM_NAME, "single")
         sys.displayhook = show
     program = compile(tree, PROGRAM_NAME, "exec")
@@ -111,22 +115,21 @@ def run(request: dict[str, Any]) -> None:
 
 def main() -> None:
     """Warm up, wait, run."""
-    settings = json.loads(sys.argv[1])
+    settings = marshal.loads(bytes.fromhex(sys.argv[1]))
     sys.path.extend(settings["package_paths"])
     for module in settings["preloaded_modules"]:
-        importlib.import_module(module)
+        __import__(module)
     os.write(1, b"R")
     payload = sys.stdin.buffer.read()
     if not payload:
         os._exit(0)  # closed unused
-    request = json.loads(payload)
+    request = marshal.loads(payload)
     replace_standard_input(request["stdin"])
     apply_limits(settings["limits"])
-    install_traceback(request["short_traceback"])
+    install_traceback(request["code"], request["short_traceback"])
     # Line buffering, so that what a program printed before it was killed is not lost.
     for stream in (sys.stdout, sys.stderr):
-        assert isinstance(stream, io.TextIOWrapper)
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     os.write(1, b"S")
     run(request)
 
