@@ -13,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from sod_mcore.config import ConfigError, SodConfig, fail, load_config
+from sod_mcore.config import ConfigError, SodConfig
+from sod_mcore.config_file import fail, load_config
 from sod_mcore.data.prompts import read_prompts
 from sod_mcore.evaluation.evaluate import evaluate
 from sod_mcore.files import write_text

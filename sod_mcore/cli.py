@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sod_mcore import config_help
-from sod_mcore.config import fail
+from sod_mcore.config_file import fail
 from sod_mcore.report.summary import summarise_rollout
 from sod_mcore.serving.__main__ import main as serve
 from sod_mcore.trajectory import RecordedBatch, Trajectory

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sod_mcore.config import ConfigError, SftConfig, SodConfig, fail, load_config
+from sod_mcore.config import ConfigError, SftConfig, SodConfig
+from sod_mcore.config_file import fail, load_config
 
 MINIMAL = """
 run: {directory: runs/a}

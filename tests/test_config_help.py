@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sod_mcore.config import ConfigError, SftConfig, SodConfig, load_config
+from sod_mcore.config import ConfigError, SftConfig, SodConfig
+from sod_mcore.config_file import load_config
 from sod_mcore.config_help import REQUIRED, help_text, reference, reference_file, settings
 
 COMMITTED = Path(__file__).parents[1] / "docs" / "config_reference.yaml"

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sod_mcore"
-FOR_ALL = {"config", "trajectory", "files", "platform"}
+FOR_ALL = {"config", "config_file", "trajectory", "files", "platform"}
 EVERYTHING = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}
 MAY_IMPORT = {
     "algorithm": set(),
     "chat": set(),
+    "cli": EVERYTHING,
     "config": set(),
+    "config_file": set(),
     "config_help": set(),
     "data": {"chat"},
     "evaluation": {"rollout", "rewards", "data"},

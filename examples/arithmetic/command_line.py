@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from examples.arithmetic.settings import ArithmeticSettings
-from sod_mcore.config import ConfigError, fail, load_config
+from sod_mcore.config import ConfigError
+from sod_mcore.config_file import fail, load_config
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the stages; with ``--served``, those that need the engines, which then run already."""
     os.chdir(Path(__file__).parents[2])
     if SERVED in arguments:
-        run_stages(served_stages(), FOLDER)
+        run_stages(served_stages(), FOLDER, passes_on_ctrl_c=True)
         return
     run_stages([*stages(), served()], FOLDER)
     print(write_results(FOLDER, TEACHER), flush=True)

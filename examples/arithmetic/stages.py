@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from sod_mcore.files import write_text
 
@@ -35,8 +37,14 @@ class Stage:
     commands: Sequence[Sequence[str]]
 
 
-def run_stages(stages: Sequence[Stage], folder: Path) -> None:
-    """Run what is not done yet; ends the process with the exit code of a command that fails."""
+def run_stages(stages: Sequence[Stage], folder: Path, *, passes_on_ctrl_c: bool = False) -> None:
+    """Run what is not done yet; ends the process with the exit code of a command that fails.
+
+    Args:
+        stages: in order.
+        folder: where ``stages.json`` is.
+        passes_on_ctrl_c: whether commands do not get Ctrl-C from the terminal themselves.
+    """
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {stage.name}"
         if stage.result.exists():
@@ -46,7 +54,7 @@ def run_stages(stages: Sequence[Stage], folder: Path) -> None:
         started = time.monotonic()
         for command in stage.commands:
             print("  $ " + " ".join(command), flush=True)
-            code = subprocess.run(command, env=training_environment()).returncode
+            code = run_command(command, passes_on_ctrl_c)
             if code != 0:
                 print(f"{title}: the command ended with exit code {code}", file=sys.stderr)
                 raise SystemExit(code)
@@ -55,6 +63,27 @@ def run_stages(stages: Sequence[Stage], folder: Path) -> None:
         seconds = time.monotonic() - started
         print(f"{title}: {seconds:.0f} s", flush=True)
         note_seconds(folder, stage.name, seconds)
+
+
+def run_command(command: Sequence[str], passes_on_ctrl_c: bool) -> int:
+    """Run a command and return its exit code; it is given the time to save what it has.
+
+    Ctrl-C in a terminal reaches the command by itself; a second one from here would end it at once.
+    """
+    with subprocess.Popen(command, env=training_environment()) as process:
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            if number != signal.SIGINT or passes_on_ctrl_c:
+                process.send_signal(number)
+
+        before = {
+            number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def training_environment() -> dict[str, str]:

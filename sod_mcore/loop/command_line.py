@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from sod_mcore.config import ConfigError, fail, load_config
+from sod_mcore.config import ConfigError
+from sod_mcore.config_file import fail, load_config
 from sod_mcore.config_help import help_text
 
 Section = TypeVar("Section")

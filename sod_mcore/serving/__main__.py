@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sod_mcore.config import ConfigError, ServingConfig, SodConfig, fail, load_config
+from sod_mcore.config import ConfigError, ServingConfig, SodConfig
+from sod_mcore.config_file import fail, load_config
 from sod_mcore.serving.children import Child, forward_signal, shell_exit_code
 from sod_mcore.serving.fleet import Endpoints, FleetError, endpoints_path
 from sod_mcore.serving.supervisor import POLL_SECONDS, Fleet

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.arithmetic.command_line import RECIPE
 from examples.arithmetic.make_data import write_data
 from examples.arithmetic.settings import ArithmeticSettings
-from sod_mcore.config import load_config
+from sod_mcore.config_file import load_config
 from tests.end_to_end.programs import REPOSITORY, TEACHER, run, torchrun, write_config
 
 STEPS = 4
