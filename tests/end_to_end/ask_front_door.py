@@ -1,0 +1,36 @@
+"""Asks the student one question through the front door, as a user's program would.
+
+python ask_front_door.py SERVING_DIRECTORY OUTPUT_FILE QUESTION
+"""
+
+import json
+import sys
+import urllib.request
+from pathlib import Path
+
+from examples.arithmetic.demonstrations import TOOL
+from sod_mcore.serving.fleet import read_endpoints
+
+
+def main() -> None:
+    """Write the assistant's message as JSON."""
+    directory, output, question = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    body = {
+        "model": "student",
+        "messages": [{"role": "user", "content": question}],
+        "tools": [TOOL],
+        "tool_choice": "none",
+        "temperature": 0,
+        "max_tokens": 32,
+    }
+    request = urllib.request.Request(
+        f"{read_endpoints(directory).front_door}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        output.write_text(json.dumps(json.load(response)["choices"][0]["message"]))
+
+
+if __name__ == "__main__":
+    main()
