@@ -49,7 +49,7 @@ class Setup:
     def serve(self, *command: str, overrides: tuple[str, ...] = ()) -> Iterator[Serving]:
         config = self.folder / "config.yaml"
         config.write_text(yaml.safe_dump(self.settings))
-        log = self.folder / "serving.log"
+        log = self.folder / f"serving_{time.monotonic_ns()}.log"
         arguments = [str(config), *overrides, *(("--", *command) if command else ())]
         with log.open("wb") as output:
             process = subprocess.Popen(
