@@ -121,16 +121,18 @@ class UnisolatedLauncher:
         return await _spawn(command, ENVIRONMENT, self.directory, pass_fds=()), None
 
 
+SETPRIV = "/usr/bin/setpriv"
+"""Part of util-linux, which every Linux system has."""
+
 Launcher = IsolatedLauncher | UnisolatedLauncher
 
 
 async def _spawn(
     command: Sequence[str], environment: dict[str, str], directory: str, pass_fds: tuple[int, ...]
 ) -> asyncio.subprocess.Process:
-    user = launch_user()
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
-        *command,
+        *_as_launch_user(command),
         stdin=pipe,
         stdout=pipe,
         stderr=pipe,
@@ -138,10 +140,19 @@ async def _spawn(
         cwd=directory,
         pass_fds=pass_fds,
         start_new_session=True,
-        user=user,
-        group=user,
-        extra_groups=None if user is None else [],
     )
+
+
+def _as_launch_user(command: Sequence[str]) -> list[str]:
+    """The command under the unprivileged user, if this process is privileged.
+
+    By setpriv and not by Popen's `user`, which forks instead of calling vfork: in a process of a
+    few hundred megabytes that made a call five times as slow (60 ms instead of 12).
+    """
+    user = launch_user()
+    if user is None:
+        return list(command)
+    return [SETPRIV, f"--reuid={user}", f"--regid={user}", "--clear-groups", "--", *command]
 
 
 class WarmInterpreter:
