@@ -15,13 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.arithmetic.results import write_results
-from examples.arithmetic.stages import TORCHRUN, Stage, read_seconds, run_stages
+from examples.arithmetic.stages import TORCHRUN, Stage, run_stages
+from sod_mcore.report.step_lines import read_step_lines
 
 HERE = Path("examples/arithmetic")
 FOLDER = Path("runs/arithmetic")
 TEACHER = HERE / "teacher"
 SOD = str(HERE / "sod.yaml")
 SFT = str(HERE / "sft_student.yaml")
+PRETRAIN = (*TORCHRUN, "--nproc-per-node", "2", "pretrain_sod.py", SOD)
+TRAIN_SFT = (*TORCHRUN, "--nproc-per-node", "2", "scripts/train_sft.py", SFT)
 SERVED = "--served"
 
 
@@ -29,7 +32,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run the stages; with ``--served``, those that need the engines, which then run already."""
     os.chdir(Path(__file__).parents[2])
     if SERVED in arguments:
-        run_stages(served_stages(), FOLDER, passes_on_ctrl_c=True)
+        run_stages([distillation()], FOLDER, passes_on_ctrl_c=True)
+        run_stages(controls(training_seconds()), FOLDER, passes_on_ctrl_c=True)
         return
     run_stages([*stages(), served()], FOLDER)
     print(write_results(FOLDER, TEACHER), flush=True)
@@ -39,7 +43,6 @@ def stages() -> list[Stage]:
     """What comes before the engines: data, models, cold start."""
     data, models = FOLDER / "data", FOLDER / "models"
     module = (sys.executable, "-m")
-    train = (*TORCHRUN, "--nproc-per-node", "2", "scripts/train_sft.py", SFT)
     copying = (
         f"student.model_path={models}/student",
         f"data.train={data}/sft_copy.parquet",
@@ -59,8 +62,8 @@ def stages() -> list[Stage]:
             [(*module, "examples.arithmetic.make_data", "--output", str(data))],
         ),
         Stage("untrained student", models, [(*make_models, "--output", str(models))]),
-        Stage("student learns to copy", FOLDER / "student_copy", [(*train, *copying)]),
-        Stage("student's cold start", FOLDER / "cold_start", [train]),
+        Stage("student learns to copy", FOLDER / "student_copy", [(*TRAIN_SFT, *copying)]),
+        Stage("student's cold start", FOLDER / "cold_start", [TRAIN_SFT]),
     ]
 
 
@@ -68,48 +71,60 @@ def served() -> Stage:
     """All stages that need engines, around one start of them."""
     again = (sys.executable, "-m", "examples.arithmetic.run", SERVED)
     serve = (sys.executable, "-m", "sod_mcore.serving", SOD)
-    return Stage("distillation and controls", served_stages()[-1].result, [(*serve, "--", *again)])
+    last_result = controls(0.0)[-1].result
+    return Stage("distillation and controls", last_result, [(*serve, "--", *again)])
 
 
-def served_stages() -> list[Stage]:
-    """Distillation, then the controls with the same budget."""
-    pretrain = (*TORCHRUN, "--nproc-per-node", "2", "pretrain_sod.py", SOD)
-    student, controls = FOLDER / "student", FOLDER / "controls"
-    no_tool, sft = controls / "no_tool.json", controls / "sft.json"
-    seconds = read_seconds(FOLDER).get("step-wise on-policy distillation", 300.0)
+def distillation() -> Stage:
+    """Step-wise on-policy distillation, with its evaluations before, during and after."""
+    return Stage("step-wise on-policy distillation", FOLDER / "student", [PRETRAIN])
+
+
+def controls(seconds: float) -> list[Stage]:
+    """What should not work as well, with the same budget.
+
+    Args:
+        seconds: how long fine-tuning goes on: as long as distillation trained.
+    """
+    folder = FOLDER / "controls"
+    no_tool, sft = folder / "no_tool.json", folder / "sft.json"
     without_learning = (
         "optimizer.lr=0",
         "optimizer.min_lr=0",
-        f"run.directory={controls}/lr_0",
-        f"run.export={controls}/lr_0_student",
+        f"run.directory={folder}/lr_0",
+        f"run.export={folder}/lr_0_student",
         "evaluation.every=0",
     )
     more_sft = (
         f"student.model_path={FOLDER}/cold_start",
-        f"sft.directory={controls}/sft_training",
-        f"sft.export={controls}/sft_student",
+        f"sft.directory={folder}/sft_training",
+        f"sft.export={folder}/sft_student",
         "sft.updates=1000000",
         f"sft.max_seconds={seconds:.0f}",
     )
-    train_sft = (*TORCHRUN, "--nproc-per-node", "2", "scripts/train_sft.py", SFT)
     return [
-        Stage("step-wise on-policy distillation", student, [pretrain]),
         Stage(
             "control: no tool at evaluation",
             no_tool,
-            [(*evaluate(student, no_tool), "tools.enabled=false")],
+            [(*evaluate(FOLDER / "student", no_tool), "tools.enabled=false")],
         ),
         Stage(
             "control: learning rate 0",
-            controls / "lr_0_student",
-            [(*pretrain, *without_learning)],
+            folder / "lr_0_student",
+            [(*PRETRAIN, *without_learning)],
         ),
         Stage(
             "control: fine-tuning goes on for the same time",
             sft,
-            [(*train_sft, *more_sft), evaluate(controls / "sft_student", sft)],
+            [(*TRAIN_SFT, *more_sft), evaluate(folder / "sft_student", sft)],
         ),
     ]
+
+
+def training_seconds() -> float:
+    """Wall time of the distillation's steps, evaluations left out."""
+    lines = read_step_lines(FOLDER / "sod" / "metrics.jsonl")
+    return sum(line["time/step"] - line.get("time/evaluation", 0.0) for line in lines)
 
 
 def evaluate(weights: Path, output: Path) -> tuple[str, ...]:
