@@ -29,7 +29,7 @@ SMALL_DATA = (
     "data.teacher.conversations=1",
     "data.student.conversations=1",
 )
-NOISE = 0.12
+NOISE = 0.55
 """Relative to each matrix's own standard deviation."""
 
 
