@@ -104,9 +104,10 @@ def test_canonical_trajectories_equal_their_one_shot_rendering(live_run: LiveRun
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     num_compared = 0
     for trajectory in (t for batch in recorded(live_run) for t in batch.trajectories):
-        text = tokenizer.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(
             list(trajectory.messages), tools=[TOOL], tokenize=False
-        ).removesuffix("\n")
+        )
+        text = str(rendered).removesuffix("\n")
         ids = trajectory.token_ids.tolist()
         if trajectory.end_reason == "answer" and tokenizer.decode(ids) == text:
             num_compared += tokenizer(text, add_special_tokens=False)["input_ids"] == ids
