@@ -19,7 +19,6 @@ def main() -> None:
         "model": "student",
         "messages": [{"role": "user", "content": question}],
         "tools": [TOOL],
-        "tool_choice": "none",
         "temperature": 0,
         "max_tokens": 32,
     }

@@ -39,7 +39,7 @@ def sglang_python() -> str:
     return os.environ.get("SOD_SGLANG_PYTHON", str(REPOSITORY / ".venv-sglang/bin/python"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def live_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFleet]:
     folder = tmp_path_factory.mktemp("fleet")
     names = ("student", "teacher", "other_student")
