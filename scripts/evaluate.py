@@ -15,14 +15,18 @@ from pathlib import Path
 
 from sod_mcore.config import ConfigError, SodConfig
 from sod_mcore.config_file import fail, load_config
+from sod_mcore.data.parquet import DataError
 from sod_mcore.data.prompts import read_prompts
-from sod_mcore.evaluation.evaluate import evaluate
+from sod_mcore.evaluation.evaluate import evaluate_temperature
 from sod_mcore.files import write_text
 from sod_mcore.loop.preflight import live_endpoints
 from sod_mcore.loop.session import pool_settings
-from sod_mcore.rollout.pool import RolloutPool
-from sod_mcore.serving.weights import update_from_disk
+from sod_mcore.rollout.pool import RolloutError, RolloutPool
+from sod_mcore.serving.client import EngineError
+from sod_mcore.serving.fleet import FleetError
+from sod_mcore.serving.weights import WeightUpdateError, update_from_disk
 
+USER_ERRORS = (ConfigError, DataError, EngineError, FleetError, RolloutError, WeightUpdateError)
 VERSION = 1_000_000
 """Marks weights that no training step made; a run publishes its own version when it starts."""
 
@@ -33,7 +37,7 @@ def main() -> None:
     try:
         config = load_config(SodConfig, options.config, options.overrides)
         metrics = evaluate_folder(config, options.weights)
-    except ConfigError as error:
+    except USER_ERRORS as error:
         fail(str(error))
     write_text(options.output, json.dumps(metrics, indent=2) + "\n")
     for name, value in metrics.items():
@@ -44,7 +48,10 @@ def evaluate_folder(config: SodConfig, weights: Path) -> dict[str, float]:
     """Metrics of the model in ``weights`` on ``evaluation.data``.
 
     Raises:
-        ConfigError: there is nothing to evaluate, or no engine answers.
+        ConfigError: there is nothing to evaluate.
+        DataError: the prompts cannot be read.
+        EngineError, FleetError, WeightUpdateError: the engines cannot be used.
+        RolloutError: the rollouts failed.
     """
     if config.evaluation.data is None or config.serving is None:
         raise ConfigError("evaluation.data and serving must be set to evaluate")
@@ -53,13 +60,17 @@ def evaluate_folder(config: SodConfig, weights: Path) -> dict[str, float]:
     update_from_disk(endpoints, "student", weights, VERSION, timeout)
     prompts = read_prompts(Path(config.evaluation.data))
     with RolloutPool(pool_settings(config)) as pool:
-        results = evaluate(
-            pool,
-            prompts,
-            config.evaluation,
-            config.rollout,
-            tools_enabled=config.tools.enabled,
-        )
+        results = [
+            evaluate_temperature(
+                pool,
+                prompts,
+                temperature,
+                config.evaluation,
+                config.rollout,
+                tools_enabled=config.tools.enabled,
+            )
+            for temperature in config.evaluation.temperatures
+        ]
     return {name: value for result in results for name, value in result.metrics().items()}
 
 

@@ -163,8 +163,8 @@ class RolloutConfig:
     max_turn_tokens: Positive | None = None
     """Sampled tokens in one turn; null leaves only the response budget."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Sampling temperature in training. Only 1.0 is accepted while a teacher is used: engines score
-    inputs at temperature 1, so any other value would compare two different distributions."""
+    """Sampling temperature in training. Only 1.0 is accepted: engines score inputs at temperature
+    1, and the trainer takes its probability ratio there."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling in training."""
     malformed_call: Literal["observe", "end"] = "observe"

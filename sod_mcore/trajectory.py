@@ -150,9 +150,7 @@ class RecordedBatch:
         """Write the batch to ``path`` (an ``.npz`` file) so that a crash leaves no half file."""
         arrays = {name: _concatenate(self.trajectories, name) for name in _TOKEN_ARRAYS}
         arrays["lengths"] = np.array([len(t) for t in self.trajectories], dtype=np.int64)
-        if self.trajectories and all(t.teacher_topk_ids is not None for t in self.trajectories):
-            for name in ("teacher_topk_ids", "teacher_topk_logprobs"):
-                arrays[name] = _concatenate(self.trajectories, name)
+        arrays |= _topk_arrays(self.trajectories)
         header = {
             "format_version": FORMAT_VERSION,
             "step": self.step,
@@ -214,6 +212,26 @@ def _check_array(name: str, value: NDArray[Any], dtype: Any, shape: tuple[int, .
 def _concatenate(trajectories: Sequence[Trajectory], name: str) -> NDArray[Any]:
     parts = [getattr(t, name) for t in trajectories]
     return np.concatenate(parts) if parts else np.zeros(0, _TOKEN_ARRAYS.get(name, np.float32))
+
+
+def _topk_arrays(trajectories: Sequence[Trajectory]) -> dict[str, NDArray[Any]]:
+    """The top-K arrays of all trajectories; absent entries where one was not scored."""
+    k = max((t.teacher_topk_ids.shape[1] for t in trajectories if t.teacher_topk_ids is not None),
+            default=0)  # fmt: skip
+    if k == 0:
+        return {}
+    ids = [np.full((len(t), k), -1, np.int32) if t.teacher_topk_ids is None else t.teacher_topk_ids
+           for t in trajectories]  # fmt: skip
+    logprobs = [
+        np.full((len(t), k), np.nan, np.float32)
+        if t.teacher_topk_logprobs is None
+        else t.teacher_topk_logprobs
+        for t in trajectories
+    ]
+    return {
+        "teacher_topk_ids": np.concatenate(ids),
+        "teacher_topk_logprobs": np.concatenate(logprobs),
+    }
 
 
 def _scalars(trajectory: Trajectory) -> dict[str, Any]:

@@ -93,6 +93,16 @@ def test_round_trip_keeps_every_bit(tmp_path: Path, top_k: int) -> None:
         assert_same(before, after)
 
 
+def test_one_unscored_trajectory_does_not_cost_the_others_their_top_k(tmp_path: Path) -> None:
+    scored, unscored = make_trajectory(top_k=3), make_trajectory((1,), seed=1)
+    path = tmp_path / "batch.npz"
+    RecordedBatch((scored, unscored), step=0, weight_version=0).save(path)
+    first, second = RecordedBatch.load(path).trajectories
+    assert_same(scored, first)
+    assert second.teacher_topk_ids is not None
+    assert (second.teacher_topk_ids == -1).all()
+
+
 def test_nan_and_infinity_survive(tmp_path: Path) -> None:
     base = make_trajectory()
     teacher = base.teacher_logprobs.copy()

@@ -15,12 +15,10 @@ from dataclasses import asdict
 
 from examples.arithmetic.problems import Problem
 from examples.arithmetic.settings import AgentHabits, CopyShares
-from sod_mcore.tools import CodeInterpreter, ToolOutputRule, function_schema
+from sod_mcore.tools import CodeInterpreter, ToolOutputRule, code_interpreter_schema
 from sod_mcore.trajectory import Message
 
-TOOL = function_schema(
-    CodeInterpreter.name, "A tool for executing code.", {"code": "The code to execute."}
-)
+TOOL = code_interpreter_schema()
 """The schema of :class:`CodeInterpreter`, which a sandbox is not needed for."""
 
 TOOL_OUTPUT_RULE = ToolOutputRule(max_characters=256, side="middle", traceback="last_line")

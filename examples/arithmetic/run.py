@@ -115,9 +115,10 @@ def controls(seconds: float) -> list[Stage]:
         ),
         Stage(
             "control: fine-tuning goes on for the same time",
-            sft,
-            [(*TRAIN_SFT, *more_sft), evaluate(folder / "sft_student", sft)],
+            folder / "sft_student",
+            [(*TRAIN_SFT, *more_sft)],
         ),
+        Stage("evaluation of that control", sft, [evaluate(folder / "sft_student", sft)]),
     ]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sod_mcore.config import EvaluationConfig, RolloutConfig
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest
+from sod_mcore.rollout.batch import RolloutRequest
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.pool import RolloutPool, check_losses
 from sod_mcore.trajectory import Prompt, Trajectory
@@ -49,33 +49,33 @@ class EvaluationResult:
         }
 
 
-def evaluate(
+def evaluate_temperature(
     pool: RolloutPool,
     prompts: Sequence[Prompt],
+    temperature: float,
     evaluation: EvaluationConfig,
     rollout: RolloutConfig,
     *,
     tools_enabled: bool = True,
-    on_progress: Callable[[RolloutProgress], None] | None = None,
-) -> list[EvaluationResult]:
-    """Sample and check every prompt at every configured temperature.
+) -> EvaluationResult:
+    """Sample and check every prompt at one temperature.
 
     Greedy decoding takes one sample a prompt, whatever ``evaluation.samples`` says.
+
+    Raises:
+        RolloutError: the pool failed, missed ``rollout.deadline_seconds`` or dropped too much.
     """
-    results = []
-    for temperature in evaluation.temperatures:
-        request = RolloutRequest(
-            prompts=tuple(prompts),
-            samples_per_prompt=evaluation.samples if temperature > 0 else 1,
-            sampling=Sampling(temperature, evaluation.top_p),
-            with_teacher=False,
-            tools_enabled=tools_enabled,
-        )
-        pool.submit(request)
-        batch = pool.collect(rollout.deadline_seconds, on_progress)
-        check_losses(batch, request, rollout)
-        results.append(summarise(batch.trajectories, temperature, batch.num_dropped))
-    return results
+    request = RolloutRequest(
+        prompts=tuple(prompts),
+        samples_per_prompt=evaluation.samples if temperature > 0 else 1,
+        sampling=Sampling(temperature, evaluation.top_p),
+        with_teacher=False,
+        tools_enabled=tools_enabled,
+    )
+    pool.submit(request)
+    batch = pool.collect(rollout.deadline_seconds)
+    check_losses(batch, request, rollout)
+    return summarise(batch.trajectories, temperature, batch.num_dropped)
 
 
 def summarise(

@@ -9,18 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from sod_mcore.config import ConfigError, SodConfig
+from sod_mcore.chat import ChatRenderer
+from sod_mcore.config import ConfigError, RewardConfig, SodConfig
 from sod_mcore.data.overlap import OverlapError, assert_disjoint
 from sod_mcore.data.parquet import DataError
 from sod_mcore.data.prompts import question_text, read_prompts
 from sod_mcore.loop.training_examples import make_objective
 from sod_mcore.report.metrics import require_wandb
+from sod_mcore.rollout.services import make_verifiers
 from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
 from sod_mcore.serving.weights import weight_versions
 from sod_mcore.student.model_config import check_layout
+from sod_mcore.tools.code_interpreter import code_interpreter_schema
+from sod_mcore.trajectory import Prompt
 
 REACHABLE_TIMEOUT_SECONDS = 10.0
 
@@ -40,6 +45,7 @@ def check_before_launch(config: SodConfig) -> str | None:
             check_files(config)
             check_data(config)
             check_engines(config)
+            check_prompt_lengths(config)
     except (ConfigError, DataError, EngineError, FleetError, OverlapError) as error:
         return str(error)
     return None
@@ -53,11 +59,17 @@ def check_settings(config: SodConfig) -> None:
             f"algorithm.prompts_per_mini_batch is {algorithm.prompts_per_mini_batch}; it must "
             f"divide algorithm.prompts_per_step={algorithm.prompts_per_step}"
         )
-    if config.needs_teacher and rollout.temperature != 1.0:
+    if rollout.temperature != 1.0:
         raise ConfigError(
-            f"rollout.temperature is {rollout.temperature}; with a teacher only 1.0 is allowed, "
-            "since engines score inputs at temperature 1 (set it to 1.0, or "
-            "algorithm.distillation=none and algorithm.topk.k=0)"
+            f"rollout.temperature is {rollout.temperature}; only 1.0 is allowed, since the teacher "
+            "scores at temperature 1 and the trainer takes its ratio there; set it to 1.0"
+        )
+    uses_rollout_logprobs = algorithm.tis_cap is not None or algorithm.old_logprobs == "rollout"
+    if uses_rollout_logprobs and rollout.top_p != 1.0:
+        raise ConfigError(
+            f"rollout.top_p is {rollout.top_p}; the engine's log-probs are those before the "
+            "nucleus is cut, so with algorithm.tis_cap or algorithm.old_logprobs=rollout only 1.0 "
+            "is allowed"
         )
     if config.run.replay is None and config.serving is None:
         raise ConfigError("serving is missing; configure the engines, or give run.replay")
@@ -102,12 +114,14 @@ def check_data(config: SodConfig) -> None:
             f"algorithm.prompts_per_step is {config.algorithm.prompts_per_step}; "
             f"data.train={config.data.train} has only {len(train)} prompts"
         )
+    held_out: list[Prompt] = []
     if config.evaluation.data is not None:
         held_out = read_prompts(Path(config.evaluation.data))
         assert_disjoint(
             {config.data.train: [question_text(p) for p in train]},
             [question_text(p) for p in held_out],
         )
+    _check_verifiers([*train, *held_out], config.reward)
 
 
 def check_engines(config: SodConfig) -> None:
@@ -115,6 +129,7 @@ def check_engines(config: SodConfig) -> None:
     if config.run.replay is not None:
         return
     endpoints = live_endpoints(config)
+    _check_served_models(endpoints, config)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for name, model in endpoints.models.items():
         if model.context_length < longest:
@@ -136,6 +151,48 @@ def live_endpoints(config: SodConfig) -> Endpoints:
     for name in endpoints.models:
         weight_versions(endpoints, name, REACHABLE_TIMEOUT_SECONDS)
     return endpoints
+
+
+def _check_served_models(endpoints: Endpoints, config: SodConfig) -> None:
+    """The engines may have been started by another configuration."""
+    assert config.serving is not None
+    endpoints.model("student")
+    teacher = config.serving.teacher
+    if not config.needs_teacher or teacher is None:
+        return
+    served = endpoints.model("teacher")
+    if Path(served.model_path).resolve() != Path(teacher.model_path).resolve():
+        raise ConfigError(
+            f"serving.teacher.model_path is {teacher.model_path}, but the running engines serve "
+            f"{served.model_path}; start them again with this configuration"
+        )
+
+
+def _check_verifiers(prompts: Sequence[Prompt], config: RewardConfig) -> None:
+    verifiers = make_verifiers(config)
+    for source in sorted({prompt.data_source for prompt in prompts}):
+        try:
+            verifiers.for_source(source)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def check_prompt_lengths(config: SodConfig) -> None:
+    """Prompts that are too long, measured as the rollout renders them, tool schemas included."""
+    if config.run.replay is not None:
+        return
+    files = [config.data.train, *([config.evaluation.data] if config.evaluation.data else [])]
+    prompts = [prompt for file in files for prompt in read_prompts(Path(file))]
+    renderer = ChatRenderer.from_folder(
+        config.student.model_path, enable_thinking=config.chat.enable_thinking
+    )
+    for prompt in prompts:
+        length = len(renderer.render_prompt(prompt.messages, [code_interpreter_schema()]))
+        if length > config.data.max_prompt_tokens:
+            raise ConfigError(
+                f"data.max_prompt_tokens is {config.data.max_prompt_tokens}; {prompt.prompt_id} "
+                f"has {length} tokens with the tool schema: raise it, or remove that prompt"
+            )
 
 
 def _check_file(field_name: str, path: str) -> None:

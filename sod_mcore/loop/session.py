@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from sod_mcore.algorithm.signals import BatchSignals
 from sod_mcore.config import SodConfig
 from sod_mcore.data.plan import Plan
 from sod_mcore.data.prompts import PromptSource, read_prompts
-from sod_mcore.evaluation.evaluate import evaluate
+from sod_mcore.evaluation.evaluate import evaluate_temperature
 from sod_mcore.loop.rank_zero import on_rank_zero
 from sod_mcore.loop.reporting import Reporter
 from sod_mcore.loop.stop import StopRequest
@@ -136,21 +137,26 @@ class Session:
         if self._weights is None or self.config.evaluation.data is None:
             return
 
-        def work() -> dict[str, float]:
+        is_between = 0 < step < self.config.run.steps
+        count = self.config.evaluation.max_prompts if is_between else None
+
+        def evaluate_at(temperature: float) -> dict[str, float]:
             assert self._pool is not None
-            is_between = 0 < step < self.config.run.steps
-            count = self.config.evaluation.max_prompts if is_between else None
-            results = evaluate(
+            result = evaluate_temperature(
                 self._pool,
                 self._evaluation_prompts[:count],
+                temperature,
                 self.config.evaluation,
                 self.config.rollout,
                 tools_enabled=self.config.tools.enabled,
             )
-            return {name: value for r in results for name, value in r.metrics().items()}
+            return result.metrics()
 
+        metrics: dict[str, float] = {}
         with self._timed("evaluation"):
-            metrics = self.on_rank_zero(work)
+            # One at a time: each has the rollout's deadline, and so has the wait of the others.
+            for temperature in self.config.evaluation.temperatures:
+                metrics |= self.on_rank_zero(partial(evaluate_at, temperature))
         if self._reporter is not None:
             self._reporter.evaluation(metrics)
 
@@ -170,10 +176,11 @@ class Session:
         self._completed_steps = completed_steps
         config, is_last = self.config, completed_steps == self.config.run.steps
         should_stop = self.on_rank_zero(lambda: self._stop.reason is not None)
-        if not should_stop and (is_last or _is_multiple(completed_steps, config.evaluation.every)):
-            self.evaluate(completed_steps)
-        if not should_stop and _is_multiple(completed_steps, config.run.save_every):
+        # Saved first: an evaluation that fails must not cost what was learned.
+        if should_stop or is_last or _is_multiple(completed_steps, config.run.save_every):
             self.save_checkpoint()
+        if is_last or (not should_stop and _is_multiple(completed_steps, config.evaluation.every)):
+            self.evaluate(completed_steps)
         if self._reporter is not None:
             self._reporter.end_line(completed_steps)
         return should_stop
@@ -186,6 +193,7 @@ class Session:
             self.student.export_hf(self.config.run.export)
         if self._reporter is not None:
             self._reporter.end(self._completed_steps, self.config.run.steps, self._stop.reason)
+            self._stop.clear()
 
     def save_checkpoint(self) -> None:
         """Write everything that the next start needs to go on."""

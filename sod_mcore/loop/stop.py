@@ -29,6 +29,10 @@ class StopRequest:
             return f"the file {self._stop_file}"
         return None
 
+    def clear(self) -> None:
+        """Delete the stop file, so that the next start goes on."""
+        self._stop_file.unlink(missing_ok=True)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal_name is not None:
             print("second signal: ending at once", file=sys.stderr, flush=True)

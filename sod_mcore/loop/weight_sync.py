@@ -56,7 +56,7 @@ class WeightSync:
         Raises:
             WeightMismatchError: that difference exceeds ``serving.probe_tolerance``.
         """
-        folder = self.directory / f"version_{version:06d}"
+        folder = self.directory / _folder_name(version)
         self.student.export_hf(folder)
         ours = self._trainer_logprobs()
         return on_rank_zero(lambda: self._update_engines(folder, version, ours), self.group)
@@ -84,12 +84,19 @@ class WeightSync:
                 f"{difference:.3g} nats on the probe; serving.probe_tolerance is "
                 f"{self.serving.probe_tolerance:g} (bf16 needs about 0.1)"
             )
-        self._delete_old_versions()
+        self._delete_other_versions(version)
         return difference
 
-    def _delete_old_versions(self) -> None:
-        for old in sorted(self.directory.glob("version_*"))[:-KEPT_VERSIONS]:
-            shutil.rmtree(old)
+    def _delete_other_versions(self, version: int) -> None:
+        """Keep the newest versions up to this one; later ones are of a run that was given up."""
+        kept = {_folder_name(version - age) for age in range(KEPT_VERSIONS)}
+        for folder in self.directory.glob("version_*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder)
+
+
+def _folder_name(version: int) -> str:
+    return f"version_{version:06d}"
 
 
 def probe_token_ids(vocab_size: int, seed: int = 0) -> NDArray[np.int32]:

@@ -107,7 +107,7 @@ class RolloutPool:
 
     def submit(self, request: RolloutRequest) -> None:
         """Queue a batch; batches are worked on, and collected, in the order of submission."""
-        self._connection.send(request)
+        self._send(request)
 
     def collect(
         self,
@@ -159,10 +159,22 @@ class RolloutPool:
         self.close()
 
     def _set_gate(self, is_open: bool, timeout_seconds: float) -> None:
-        self._connection.send(GateRequest(is_open))
+        self._send(GateRequest(is_open))
         action = "resume" if is_open else "pause"
         self._wait_until(lambda: bool(self._gate_replies), timeout_seconds, action)
         self._gate_replies.popleft()
+
+    def _send(self, message: RolloutRequest | GateRequest) -> None:
+        try:
+            self._connection.send(message)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self._died() from error
+
+    def _died(self) -> RolloutError:
+        code = self._process.wait()
+        return RolloutError(
+            f"the rollout pool ended with exit code {code}; its log is {self._log_path}"
+        )
 
     def _wait_until(
         self,
@@ -186,10 +198,7 @@ class RolloutPool:
                 return
             message = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
-            raise RolloutError(
-                f"the rollout pool ended with exit code {self._process.wait()}; its log is "
-                f"{self._log_path}"
-            ) from error
+            raise self._died() from error
         if isinstance(message, PoolReady):
             self._is_ready = True
         elif isinstance(message, RolloutProgress):

@@ -55,7 +55,7 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
         settings.student_path, enable_thinking=settings.chat.enable_thinking
     )
     tools = await _open_tools(settings.tools, stack)
-    verifiers = _verifiers(settings.reward)
+    verifiers = make_verifiers(settings.reward)
     gate = RequestGate()
     limits = _episode_limits(settings.rollout)
 
@@ -92,7 +92,8 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
     )
 
 
-def _verifiers(config: RewardConfig) -> VerifierRegistry:
+def make_verifiers(config: RewardConfig) -> VerifierRegistry:
+    """The verifiers that there are, by prefix of ``data_source``."""
     reasoning_gym = ReasoningGymVerifier(correct_reward=config.correct, wrong_reward=config.wrong)
     return VerifierRegistry({"reasoning_gym": reasoning_gym})
 

@@ -217,8 +217,7 @@ class EngineClient:
         Raises:
             EngineError: the server did not answer with 200 and JSON.
         """
-        async with asyncio.timeout(self._request_timeout_seconds):
-            return await self._request("GET", url, None)
+        return await self._once("GET", url, None)
 
     async def post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST a JSON document (one try).
@@ -226,8 +225,15 @@ class EngineClient:
         Raises:
             EngineError: the server did not answer with 200 and JSON.
         """
-        async with asyncio.timeout(self._request_timeout_seconds):
-            return await self._request("POST", url, orjson.dumps(body))
+        return await self._once("POST", url, orjson.dumps(body))
+
+    async def _once(self, method: str, url: str, body: bytes | None) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(self._request_timeout_seconds):
+                return await self._request(method, url, body)
+        except TimeoutError as error:
+            message = f"{url}: no answer within {self._request_timeout_seconds:g} s"
+            raise EngineError(message, retryable=True) from error
 
     def _backoff_seconds(self, attempt: int) -> float:
         longest = self._first_backoff_seconds * 2 ** (attempt - 1)
@@ -315,6 +321,9 @@ def parse_weight_version(text: object) -> int:
 
 def _read_generation(answer: dict[str, Any]) -> Generation:
     meta = answer["meta_info"]
+    if meta["finish_reason"]["type"] == "abort":
+        # Somebody ended the request; what was sampled so far is no turn of the student's.
+        raise EngineError("the engine aborted the request", retryable=True)
     token_ids = np.asarray(answer["output_ids"], dtype=np.int32)
     entries = meta["output_token_logprobs"][: len(token_ids)]
     logprobs = np.array([entry[0] for entry in entries], dtype=np.float32)

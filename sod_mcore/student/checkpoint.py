@@ -121,9 +121,11 @@ def _complete(
         os.fsync(file.fileno())
     pointer.replace(final.with_name(LATEST))
     sync_folder_entry(final.parent)
-    for old in sorted(final.parent.glob("step_*"))[:-keep]:
-        if old != final:
-            shutil.rmtree(old)
+    folders = sorted(final.parent.glob("step_*"))
+    # Later ones are of a run that was given up; this one continues from an earlier step.
+    later = [folder for folder in folders if folder.name > final.name]
+    for folder in [*later, *folders[: len(folders) - len(later) - keep]]:
+        shutil.rmtree(folder)
 
 
 def sync_folder_entry(folder: Path) -> None:

@@ -137,11 +137,13 @@ def _loss_rows(
     examples: Sequence[TrainingExample], rows: Sequence[NDArray[np.int64]], device: torch.device
 ) -> LossRows:
     def gather(name: str) -> torch.Tensor | None:
-        arrays = [getattr(example, name) for example in examples]
+        # Examples without loss tokens may lack a field: a trajectory that was not scored does.
+        with_loss = [example for example in examples if example.num_loss_tokens > 0]
+        arrays = [getattr(example, name) for example in with_loss]
         if not arrays or any(array is None for array in arrays):
             return None
         values = np.concatenate(
-            [array[example.loss_mask] for array, example in zip(arrays, examples, strict=True)]
+            [array[example.loss_mask] for array, example in zip(arrays, with_loss, strict=True)]
         )
         return torch.from_numpy(values).to(device)
 

@@ -1,6 +1,10 @@
 """Tools that a model may call: their schemas, the code interpreter, and the sandbox it runs in."""
 
-from sod_mcore.tools.code_interpreter import CodeInterpreter, ToolOutputRule
+from sod_mcore.tools.code_interpreter import (
+    CodeInterpreter,
+    ToolOutputRule,
+    code_interpreter_schema,
+)
 from sod_mcore.tools.interface import (
     InfrastructureError,
     SandboxUnavailableError,
@@ -25,5 +29,6 @@ __all__ = [
     "ToolOutputRule",
     "ToolResult",
     "ToolSchema",
+    "code_interpreter_schema",
     "function_schema",
 ]

@@ -95,6 +95,13 @@ def describe_end(result: SandboxResult, limits: SandboxLimits) -> str:
             return ""
 
 
+def code_interpreter_schema() -> ToolSchema:
+    """The schema of the tool, for those who only show it."""
+    return function_schema(
+        CodeInterpreter.name, "A tool for executing code.", {"code": "The code to execute."}
+    )
+
+
 class CodeInterpreter:
     """The tool. Each call runs in an interpreter of its own: nothing is kept between calls."""
 
@@ -108,9 +115,7 @@ class CodeInterpreter:
     @property
     def schema(self) -> ToolSchema:
         """The function schema as shown to the model."""
-        return function_schema(
-            self.name, "A tool for executing code.", {"code": "The code to execute."}
-        )
+        return code_interpreter_schema()
 
     async def call(self, arguments: Mapping[str, object]) -> ToolResult:
         """Run `arguments["code"]`; other arguments are ignored, the limits are not the model's.

@@ -42,10 +42,10 @@ def model_folder(path: Path, tokens: list[str]) -> Path:
     return path
 
 
-def prompts(path: Path, questions: list[str]) -> Path:
+def prompts(path: Path, questions: list[str], data_source: str = "reasoning_gym") -> Path:
     rows = [
         {
-            "data_source": "reasoning_gym",
+            "data_source": data_source,
             "prompt": [{"role": "user", "content": question}],
             "ability": "math",
             "reward_model": {"ground_truth": "4", "style": "rule"},
@@ -97,6 +97,17 @@ def test_all_is_well_but_for_the_engines(tree: dict[str, Any]) -> None:
 def test_mini_batches_that_do_not_divide(tree: dict[str, Any]) -> None:
     found = problem(tree, algorithm__prompts_per_step=3, algorithm__prompts_per_mini_batch=2)
     assert "algorithm.prompts_per_mini_batch is 2" in found
+
+
+def test_a_source_without_a_verifier(tree: dict[str, Any], tmp_path: Path) -> None:
+    other = tmp_path / "other.parquet"
+    prompts(other, ["5+5?", "6+6?"], data_source="gsm8k")
+    assert "data_source = 'gsm8k'" in problem(tree, data__train=str(other))
+
+
+def test_a_nucleus_that_the_logprobs_do_not_know(tree: dict[str, Any]) -> None:
+    tree["rollout"] = {"top_p": 0.9}
+    assert "rollout.top_p is 0.9" in problem(tree, algorithm__old_logprobs="rollout")
 
 
 def test_a_temperature_that_the_teacher_cannot_score(tree: dict[str, Any]) -> None:

@@ -100,6 +100,15 @@ def generate(engine: ScriptedEngine, rid: str = "r", **options: Any) -> Generati
     return asyncio.run(run())
 
 
+def test_an_aborted_request_is_no_turn() -> None:
+    async def abort(body: dict[str, Any]) -> web.Response:
+        return web.json_response(generated([7], finish_reason={"type": "abort"}))
+
+    with pytest.raises(EngineError, match="aborted") as caught:
+        generate(ScriptedEngine(abort))
+    assert caught.value.retryable
+
+
 def test_what_comes_back() -> None:
     generation = generate(ScriptedEngine(answers(200)))
     np.testing.assert_array_equal(generation.token_ids, np.array([7, 8, 9], np.int32))

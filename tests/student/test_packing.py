@@ -88,6 +88,18 @@ def test_a_field_that_one_example_lacks_is_absent() -> None:
     assert rows.old_logprobs is not None
 
 
+def test_an_example_without_loss_may_lack_what_the_others_have() -> None:
+    examples = make_examples()
+    unscored = dataclasses.replace(
+        examples[1], loss_mask=np.zeros(len(examples[1]), np.bool_), advantages=None
+    )
+    rows = pack_micro_batch(
+        [examples[0], unscored, *examples[2:]], packing="packed", device=CPU
+    ).loss_rows
+    assert rows.advantages is not None
+    assert len(rows.advantages) == len(rows)
+
+
 def test_values_of_rows_return_as_whole_trajectories() -> None:
     examples = make_examples()
     total = sum(example.num_loss_tokens for example in examples)
