@@ -49,7 +49,7 @@ def describe_packed_row(lengths: Sequence[int], device: torch.device) -> PackedR
     """The packed row of sequences of these lengths, end to end."""
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     members = defaultdict(list)
-    for start, length in zip(bounds.tolist(), lengths, strict=False):
+    for start, length in zip(bounds[:-1].tolist(), lengths, strict=True):
         members[(length - 1).bit_length()].append((start, length))
     cu_seqlens = bounds.to(device=device, dtype=torch.int32)
     return PackedRow(

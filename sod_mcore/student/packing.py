@@ -89,7 +89,7 @@ def pack_micro_batch(
     token_ids = np.full(num_rows * row_length, PAD_TOKEN, dtype=np.int64)
     position_ids = np.zeros(num_rows * row_length, dtype=np.int64)
     rows = []
-    for example, start in zip(examples, starts, strict=False):
+    for example, start in zip(examples, starts[: len(examples)], strict=True):
         positions = np.arange(len(example))
         cells = start + positions * stride
         token_ids[cells] = example.token_ids
