@@ -15,18 +15,22 @@ from pathlib import Path
 
 from sod_mcore.config import ConfigError, SodConfig
 from sod_mcore.config_file import fail, load_config
+from sod_mcore.data.overlap import OverlapError
 from sod_mcore.data.parquet import DataError
 from sod_mcore.data.prompts import read_prompts
 from sod_mcore.evaluation.evaluate import evaluate_temperature
 from sod_mcore.files import write_text
-from sod_mcore.loop.preflight import live_endpoints
+from sod_mcore.loop.preflight import check_data, live_endpoints
 from sod_mcore.loop.session import pool_settings
 from sod_mcore.rollout.pool import RolloutError, RolloutPool
 from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.fleet import FleetError
 from sod_mcore.serving.weights import WeightUpdateError, update_from_disk
 
-USER_ERRORS = (ConfigError, DataError, EngineError, FleetError, RolloutError, WeightUpdateError)
+USER_ERRORS = (
+    *(ConfigError, DataError, OverlapError),
+    *(EngineError, FleetError, RolloutError, WeightUpdateError),
+)
 VERSION = 1_000_000
 """Marks weights that no training step made; a run publishes its own version when it starts."""
 
@@ -49,12 +53,13 @@ def evaluate_folder(config: SodConfig, weights: Path) -> dict[str, float]:
 
     Raises:
         ConfigError: there is nothing to evaluate.
-        DataError: the prompts cannot be read.
+        DataError, OverlapError: the prompts cannot be read, or are in the training set.
         EngineError, FleetError, WeightUpdateError: the engines cannot be used.
         RolloutError: the rollouts failed.
     """
     if config.evaluation.data is None or config.serving is None:
         raise ConfigError("evaluation.data and serving must be set to evaluate")
+    check_data(config)
     endpoints = live_endpoints(config)
     timeout = config.serving.request_timeout_seconds
     update_from_disk(endpoints, "student", weights, VERSION, timeout)

@@ -52,6 +52,7 @@ def stages() -> list[Stage]:
         f"run.directory={FOLDER}/evaluation",
         f"serving.directory={FOLDER}",
         f"evaluation.data={data}/eval.parquet",
+        f"data.train={data}/train.parquet",
         f"student.model_path={FOLDER}/teacher",
         f"serving.student.model_path={FOLDER}/teacher",
         f"serving.teacher.model_path={FOLDER}/teacher",
