@@ -2,7 +2,8 @@
 
     python scripts/evaluate.py CONFIG --weights FOLDER --output FILE [key=value ...]
 
-The weights are loaded into the student's engines first and stay there. Settings are those of
+The engines must run (python -m sod_mcore.serving CONFIG). The weights are loaded into the student's
+engines first and stay there. Settings are those of
 ``pretrain_sod.py``; ``tools.enabled=false`` shows what the student solves without its tool.
 """
 
@@ -80,11 +81,14 @@ def evaluate_folder(config: SodConfig, weights: Path) -> dict[str, float]:
 
 
 def _read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path, metavar="CONFIG")
-    parser.add_argument("--weights", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("config", type=Path, metavar="CONFIG", help="YAML file of pretrain_sod.py")
+    add("--weights", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder")
+    add("--output", type=Path, required=True, metavar="FILE", help="JSON file of the metrics")
+    add("overrides", nargs="*", metavar="key=value", help="override one setting")
     return parser.parse_intermixed_args(sys.argv[1:])
 
 

@@ -6,8 +6,8 @@
 # own requirements: its pins of torch, its CUDA kernels).
 #
 #   TORCH_INDEX              index of the CUDA build of torch; empty: whatever pip is configured with
-#   WITH_TRANSFORMER_ENGINE  1 also installs Transformer Engine into .venv; it is compiled there, and
-#                            is needed for context parallelism in Megatron's own attention only
+#   WITH_TRANSFORMER_ENGINE  1 also installs Transformer Engine into .venv; it is compiled there.
+#                            Nothing here uses it yet
 source "$(dirname "${BASH_SOURCE[0]}")/setup_lib.sh"
 
 choose_python

@@ -1,4 +1,4 @@
-"""The ``sod`` command: thin faces of the package's parts."""
+"""The sod command: serve the models, print every setting, look into a recorded batch."""
 
 from __future__ import annotations
 

@@ -309,6 +309,7 @@ def _open_weight_sync(
         student=student,
         endpoints=endpoints,
         serving=config.serving,
+        tolerance=config.probe_tolerance,
         directory=Path(config.run.directory) / "weights",
         probe_ids=probe_token_ids(student.vocab_size, config.run.seed),
         group=student.layout.world_group,

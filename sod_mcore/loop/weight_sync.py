@@ -36,6 +36,7 @@ class WeightSync:
 
     Attributes:
         endpoints: the fleet; None on ranks other than 0.
+        tolerance: largest difference on the probe, nats.
         directory: holds the newest versions as Hugging Face folders.
         probe_ids: int32 ``[n]``, the token ids that engine and trainer both score.
     """
@@ -43,6 +44,7 @@ class WeightSync:
     student: Student
     endpoints: Endpoints | None
     serving: ServingConfig
+    tolerance: float
     directory: Path
     probe_ids: NDArray[np.int32]
     group: dist.ProcessGroup
@@ -54,7 +56,7 @@ class WeightSync:
             the largest difference between trainer's and engines' log-probs of the probe, nats.
 
         Raises:
-            WeightMismatchError: that difference exceeds ``serving.probe_tolerance``.
+            WeightMismatchError: that difference exceeds the tolerance.
         """
         folder = self.directory / _folder_name(version)
         self.student.export_hf(folder)
@@ -78,11 +80,11 @@ class WeightSync:
         update_from_disk(self.endpoints, "student", folder, version, timeout)
         theirs = probe_logprobs(self.endpoints, "student", self.probe_ids, timeout)
         difference = max(float(np.abs(engine[1:] - ours[1:]).max()) for engine in theirs)
-        if not difference <= self.serving.probe_tolerance:
+        if not difference <= self.tolerance:
             raise WeightMismatchError(
                 f"after weight version {version} the student's engine and the trainer differ by "
-                f"{difference:.3g} nats on the probe; serving.probe_tolerance is "
-                f"{self.serving.probe_tolerance:g} (bf16 needs about 0.1)"
+                f"{difference:.3g} nats on the probe; serving.probe_tolerance allows "
+                f"{self.tolerance:g}"
             )
         self._delete_other_versions(version)
         return difference

@@ -26,6 +26,6 @@ class VerifierRegistry:
             known = ", ".join(repr(prefix) for prefix in sorted(self.verifiers)) or "none"
             raise ValueError(
                 f"data_source = {data_source!r}: no verifier is registered for it. "
-                f"Prefixes with a verifier: {known}"
+                f"Prefixes with a verifier: {known}. Rename it, or write one (CONTRIBUTING.md)"
             )
         return self.verifiers[max(fitting, key=len)]

@@ -24,6 +24,10 @@ def probe_token_ids(vocab_size: int) -> list[int]:
     return [(7919 * n * n + 31 * n + 5) % vocab_size for n in range(PROBE_LENGTH)]
 
 
+DEFAULT_TOLERANCE = 0.1
+"""Nats; above what bfloat16 engines differ by between two batches, far below two models."""
+
+
 async def check_routes(
     endpoints: Endpoints, *, tolerance: float, timeout_seconds: float
 ) -> dict[str, NDArray[np.float32]]:

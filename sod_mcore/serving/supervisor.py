@@ -245,7 +245,7 @@ class Fleet:
         try:
             await probe.check_routes(
                 endpoints,
-                tolerance=self._serving.probe_tolerance,
+                tolerance=self._serving.probe_tolerance or probe.DEFAULT_TOLERANCE,
                 timeout_seconds=self._serving.request_timeout_seconds,
             )
         except (EngineError, ScoringError) as error:

@@ -41,13 +41,14 @@ def test_replay_repeats_the_live_run(live_run: LiveRun, tmp_path: Path) -> None:
 
 def test_two_starts_equal_one_to_the_bit(live_run: LiveRun, tmp_path: Path) -> None:
     half = STEPS // 2
-    # The schedule's horizon is run.steps, so the first start is stopped by its stop file.
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "stop").touch()
+    # The schedule's horizon is run.steps, so the first starts are stopped by a stop file.
+    stop_file = tmp_path / "run" / "stop"
+    stop_file.parent.mkdir()
     for _ in range(half):
+        stop_file.touch()
         replay(live_run, tmp_path)
+        assert not stop_file.exists(), "the next start must go on"
     assert len(training_numbers(tmp_path / "run")) == half
-    (tmp_path / "run" / "stop").unlink()
     continued = training_numbers(replay(live_run, tmp_path))
     assert continued == training_numbers(live_run.directory)
 
