@@ -23,14 +23,6 @@ class SandboxUnavailableError(InfrastructureError):
 
 
 @dataclass(frozen=True)
-class ToolCall:
-    """A call as parsed from the model's text. `arguments` is any JSON object."""
-
-    name: str
-    arguments: dict[str, object]
-
-
-@dataclass(frozen=True)
 class ToolResult:
     """The observation that the model reads. `succeeded` is False when the program failed."""
 
