@@ -12,7 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from examples.arithmetic.stages import TORCHRUN, Stage, run_stages
+from examples.arithmetic.experiment import TORCHRUN
+from examples.arithmetic.stages import Stage, run_stages
 
 HERE = Path(__file__).parent
 FOLDER = Path("runs/arithmetic_teacher")

@@ -23,14 +23,18 @@ class Row:
     name: str
     metrics: Mapping[str, float]
 
-    def text(self) -> str:
-        """The line, aligned with :data:`HEADER`."""
-        numbers = (
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Solved at temperature 1, solved greedily, trajectories with a failed call."""
+        return (
             self.metrics[f"{_SAMPLED}/accuracy"],
             self.metrics[f"{_GREEDY}/accuracy"],
             self.metrics[f"{_SAMPLED}/failed_call_share"],
         )
-        return f"{self.name:<42}" + "".join(f"{number:>14.1%}" for number in numbers)
+
+    def text(self) -> str:
+        """The line, aligned with :data:`HEADER`."""
+        return f"{self.name:<42}" + "".join(f"{number:>14.1%}" for number in self.numbers)
 
 
 HEADER = f"{'':<42}{'temperature 1':>14}{'greedy':>14}{'failed calls':>14}"
@@ -38,17 +42,8 @@ HEADER = f"{'':<42}{'temperature 1':>14}{'greedy':>14}{'failed calls':>14}"
 
 def write_results(folder: Path, teacher: Path) -> str:
     """Write ``results.txt`` and ``results.png`` into ``folder``; returns the text."""
-    lines = read_step_lines(folder / "sod" / "metrics.jsonl")
-    control = read_step_lines(folder / "controls" / "lr_0" / "metrics.jsonl")
-    rows = [
-        Row("teacher (committed)", _load(teacher / "accuracy.json")),
-        Row("student after its cold start", lines[0]),
-        Row(f"student after {lines[-1]['step']} steps of distillation", lines[-1]),
-        Row("control: the same steps, learning rate 0", control[-1]),
-        Row("control: fine-tuning for the same time", _load(folder / "controls" / "sft.json")),
-        Row("control: distilled, tool switched off", _load(folder / "controls" / "no_tool.json")),
-    ]
-    count = int(lines[0][f"{_SAMPLED}/num_trajectories"])
+    rows = read_rows(folder, teacher)
+    count = int(rows[1].metrics[f"{_SAMPLED}/num_trajectories"])
     text = "\n".join(
         [
             "",
@@ -65,6 +60,20 @@ def write_results(folder: Path, teacher: Path) -> str:
     plot_run(folder / "sod" / "metrics.jsonl", folder / "results.png")
     write_text(folder / "results.txt", text + "\n")
     return text
+
+
+def read_rows(folder: Path, teacher: Path) -> list[Row]:
+    """Teacher, student before and after, and the three controls."""
+    lines = read_step_lines(folder / "sod" / "metrics.jsonl")
+    control = read_step_lines(folder / "controls" / "lr_0" / "metrics.jsonl")
+    return [
+        Row("teacher (committed)", _load(teacher / "accuracy.json")),
+        Row("student after its cold start", lines[0]),
+        Row(f"student after {lines[-1]['step']} steps of distillation", lines[-1]),
+        Row("control: the same steps, learning rate 0", control[-1]),
+        Row("control: fine-tuning for the same time", _load(folder / "controls" / "sft.json")),
+        Row("control: distilled, tool switched off", _load(folder / "controls" / "no_tool.json")),
+    ]
 
 
 def _way_to_the_teacher(teacher: Row, before: Row, after: Row) -> str:

@@ -19,12 +19,6 @@ from types import FrameType
 
 from sod_mcore.files import write_text
 
-TORCHRUN = (
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-    # After Ctrl-C the ranks finish their step and save; torchrun kills them after 30 s otherwise.
-    *("--shutdown-timeout", "120"),
-)
-
 
 @dataclass(frozen=True)
 class Stage:
