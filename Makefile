@@ -23,11 +23,11 @@ setup-dev: setup ## the same, with the test and check tools
 demo: setup ## set up, then run the arithmetic example from data to evaluation
 	.venv/bin/python -m examples.arithmetic.run
 
-test: setup-dev ## set up, then lint, types and tests
+test: setup-dev ## set up, then lint, types and all tests but the long ones
 	scripts/check.sh
 
-test-long: setup-dev ## set up, then only the tests marked long
-	CI=true OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m long --durations=0
+test-long: setup-dev ## set up, then the long tests; writes docs/results/long_tests.md
+	.venv/bin/python scripts/long_tests.py
 
 docs: setup-dev ## regenerate docs/config_reference.yaml
 	.venv/bin/python -m sod_mcore.config_help > docs/.config_reference.yaml.tmp

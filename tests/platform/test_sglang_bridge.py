@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 
-import pytest
-
 from sod_mcore.config import EngineConfig
 from sod_mcore.serving.launch import EnginePlace, engine_environment
 from tests.serving.conftest import sglang_python
@@ -28,7 +26,6 @@ except NotImplementedError as error:
 """
 
 
-@pytest.mark.long
 def test_import() -> None:
     environment = engine_environment(EngineConfig(model_path=""), EnginePlace("student", 0, "cpu"))
     result = subprocess.run(

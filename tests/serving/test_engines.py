@@ -24,8 +24,6 @@ from tests.serving.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, random_ids, re
 TOLERANCE = 1e-5
 TIMEOUT = 120.0
 
-pytestmark = pytest.mark.long
-
 
 def generate(endpoints: Endpoints, ids: list[int], **sampling: object) -> Generation:
     async def run() -> Generation:
