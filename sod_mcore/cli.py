@@ -1,4 +1,4 @@
-"""The sod command: serve the models, print every setting, look into a recorded batch."""
+"""The sod command: serve the models, tell how a run ended, print settings and recorded batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sod_mcore import config_help
-from sod_mcore.config_file import fail
+from sod_mcore.config import ConfigError, SodConfig
+from sod_mcore.config_file import fail, load_config
+from sod_mcore.outcome import EXIT_FAILED, read_outcome
 from sod_mcore.report.summary import summarise_rollout
 from sod_mcore.serving.__main__ import main as serve
 from sod_mcore.trajectory import RecordedBatch, Trajectory
@@ -21,11 +23,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Handed on as it stands: what follows "--" belongs to another program.
         return serve(arguments[1:])
     options = _parser().parse_args(arguments)
+    if options.command == "outcome":
+        return print_outcome(options.config, options.overrides)
     if options.command == "settings":
         print(config_help.reference_file(), end="")
     else:
         print(describe_batch(options.file, options.conversations))
     return 0
+
+
+def print_outcome(path: Path, overrides: Sequence[str]) -> int:
+    """Say how the last start of a run ended; returns the exit code that stands for it."""
+    try:
+        directory = Path(load_config(SodConfig, path, overrides).run.directory)
+        outcome = read_outcome(directory)
+    except (ConfigError, ValueError) as error:
+        fail(str(error))
+    if outcome is None:
+        print(f"no end: the run in {directory} was never started, still runs, or was killed")
+        return EXIT_FAILED
+    print(f"{outcome.outcome} after {outcome.completed_steps} steps: {outcome.reason}")
+    return outcome.exit_code
 
 
 def describe_batch(path: Path, num_conversations: int) -> str:
@@ -54,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve a configuration's models (sod_mcore.serving)")
     commands.add_parser("settings", help="print every setting with its meaning, as YAML")
+    outcome = commands.add_parser(
+        "outcome",
+        help="tell how a run ended; exit code 0: finished, 75: stopped and saved, 1: failed",
+    )
+    outcome.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    outcome.add_argument("overrides", nargs="*", metavar="key=value", help="override one setting")
     show = commands.add_parser("show", help="print a recorded batch")
     show.add_argument("file", type=Path, help="written by pretrain_sod.py --record")
     show.add_argument("--conversations", type=int, default=2, metavar="N", help="how many in full")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sod_mcore"
-FOR_ALL = {"config", "config_file", "trajectory", "files", "platform"}
+FOR_ALL = {"config", "config_file", "trajectory", "files", "outcome", "platform"}
 EVERYTHING = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}
 MAY_IMPORT = {
     "algorithm": set(),
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "files": set(),
     "loop": EVERYTHING,
     "ops": {"algorithm"},
+    "outcome": set(),
     "platform": set(),
     "report": set(),
     "rewards": {"tools"},

@@ -29,6 +29,7 @@ from sod_mcore.loop.stop import StopRequest
 from sod_mcore.loop.training_examples import first_epoch, indices_in_order, scoring_examples
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource, TrajectorySource
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
+from sod_mcore.outcome import Outcome, clear_outcome, write_outcome
 from sod_mcore.rollout.pool import PoolSettings, RolloutInterruptedError, RolloutPool
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
 from sod_mcore.student.model_config import check_layout
@@ -193,7 +194,13 @@ class Session:
             self.student.export_hf(self.config.run.export)
         if self._reporter is not None:
             self._reporter.end(self._completed_steps, self.config.run.steps, self._stop.reason)
+            write_outcome(Path(self.config.run.directory), self._outcome())
             self._stop.clear()
+
+    def _outcome(self) -> Outcome:
+        if self._completed_steps >= self.config.run.steps:
+            return Outcome("finished", self._completed_steps, "all steps are done")
+        return Outcome("stopped", self._completed_steps, self._stop.reason or "asked to stop")
 
     def save_checkpoint(self) -> None:
         """Write everything that the next start needs to go on."""
@@ -230,6 +237,8 @@ def open_session(config: SodConfig, stack: ExitStack) -> Session:
     directory = Path(config.run.directory)
     stop = StopRequest(Path(config.run.stop_file or directory / "stop"))
     is_rank_zero = os.environ.get("RANK", "0") == "0"
+    if is_rank_zero:
+        clear_outcome(directory)
     is_live = config.run.replay is None
     endpoints = read_endpoints(config.serving_directory) if is_live and is_rank_zero else None
     pool = stack.enter_context(RolloutPool(pool_settings(config))) if endpoints else None

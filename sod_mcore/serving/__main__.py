@@ -4,7 +4,9 @@
     python -m sod_mcore.serving CONFIG [key=value ...] -- torchrun ... pretrain_sod.py CONFIG
 
 The first form runs until SIGINT or SIGTERM. The second runs the command while the models are
-served, passes signals on to it and ends with its exit code. Either way no process is left behind.
+served, passes signals on to it and ends with its exit code; with 75 where the command was the
+configuration's run and was stopped (``sod_mcore/outcome.py``), which torchrun cannot tell. Either
+way no process is left behind.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from sod_mcore.config import ConfigError, ServingConfig, SodConfig
 from sod_mcore.config_file import fail, load_config
+from sod_mcore.outcome import ENDED_FILE, EXIT_STOPPED, read_outcome
 from sod_mcore.serving.children import Child, forward_signal, shell_exit_code
 from sod_mcore.serving.fleet import Endpoints, FleetError, endpoints_path
 from sod_mcore.serving.supervisor import POLL_SECONDS, Fleet
@@ -42,9 +45,25 @@ def main(arguments: Sequence[str]) -> int:
         config = load_config(SodConfig, Path(settings[0]), settings[1:])
         if config.serving is None:
             raise ConfigError("serving is missing; nothing to serve without that section")
-        return asyncio.run(_serve(config.serving, config.serving_directory, command))
+        before = _outcome_written(config)
+        code = asyncio.run(_serve(config.serving, config.serving_directory, command))
+        if command and _outcome_written(config) != before:
+            return _unless_run_was_stopped(config, code)
+        return code
     except ConfigError as error:
         fail(str(error))
+
+
+def _outcome_written(config: SodConfig) -> int | None:
+    """When the run last said how it ended, in nanoseconds; None if it has not."""
+    with contextlib.suppress(FileNotFoundError):
+        return (Path(config.run.directory) / ENDED_FILE).stat().st_mtime_ns
+    return None
+
+
+def _unless_run_was_stopped(config: SodConfig, code: int) -> int:
+    outcome = read_outcome(Path(config.run.directory))
+    return EXIT_STOPPED if outcome is not None and outcome.outcome == "stopped" else code
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sod_mcore.outcome import Outcome, write_outcome
 from sod_mcore.serving.fleet import (
     Endpoints,
     FleetError,
@@ -186,6 +187,22 @@ def test_a_command_and_its_exit_code(setup: Setup) -> None:
         assert serving.wait() == 7
     assert json.loads(copy.read_text())["models"]["student"]["vocab_size"] == 50
     assert not endpoints_path(setup.directory).exists()
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("stopped", 75), ("finished", 1), ("failed", 1)])
+def test_a_stopped_run_has_an_exit_code_of_its_own(setup: Setup, outcome: str, code: int) -> None:
+    """torchrun ends with 1 after a signal, whatever its ranks did."""
+    setup.directory.mkdir()
+    record = json.dumps({"outcome": outcome, "completed_steps": 3, "reason": "told to"})
+    script = f"echo '{record}' > {setup.directory}/ended.json; exit 1"
+    with setup.serve("sh", "-c", script) as serving:
+        assert serving.wait() == code
+
+
+def test_an_earlier_stop_is_not_this_commands(setup: Setup) -> None:
+    write_outcome(setup.directory, Outcome("stopped", 3, "told to"))
+    with setup.serve("sh", "-c", "exit 7") as serving:
+        assert serving.wait() == 7
 
 
 def test_signals_reach_the_command(setup: Setup) -> None:

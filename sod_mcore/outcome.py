@@ -1,0 +1,74 @@
+"""How a run ended, in a file of its own, for the programs that start runs and start them again.
+
+torchrun cannot pass on what its ranks say: it ends with 1 after a signal, even when every rank has
+saved and ended in order. So global rank 0 removes ``ended.json`` when it starts and writes it when
+it ends; a process that was killed leaves none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sod_mcore.files import write_text
+
+ENDED_FILE = "ended.json"
+EXIT_FAILED = 1
+EXIT_STOPPED = 75
+"""Exit code of a run that was stopped, has saved, and wants to be started again.
+
+It is sysexits.h's EX_TEMPFAIL, which nothing else here ends with.
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of one start of a run.
+
+    Attributes:
+        outcome: "finished" all its steps; "stopped" when asked to, and saved: the same command
+            continues; "failed".
+        completed_steps: training steps that are done; a failed run may have saved fewer.
+        reason: one line for people.
+    """
+
+    outcome: Literal["finished", "stopped", "failed"]
+    completed_steps: int
+    reason: str
+
+    @property
+    def exit_code(self) -> int:
+        """0 for finished, :data:`EXIT_STOPPED` for stopped, :data:`EXIT_FAILED` for failed."""
+        return {"finished": 0, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}[self.outcome]
+
+
+def write_outcome(directory: Path, outcome: Outcome) -> None:
+    """Write ``directory/ended.json`` atomically.
+
+    Raises:
+        OSError: the disk is full, for instance.
+    """
+    write_text(directory / ENDED_FILE, json.dumps(dataclasses.asdict(outcome)) + "\n")
+
+
+def read_outcome(directory: Path) -> Outcome | None:
+    """How the last start in ``directory`` ended; None while it runs, and if it was killed.
+
+    Raises:
+        ValueError: the file was not written by :func:`write_outcome`.
+    """
+    path = directory / ENDED_FILE
+    try:
+        return Outcome(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it") from error
+
+
+def clear_outcome(directory: Path) -> None:
+    """Remove what an earlier start left."""
+    (directory / ENDED_FILE).unlink(missing_ok=True)
