@@ -21,6 +21,7 @@ class Architecture:
         kv_channels: width of one attention head.
         qk_layernorm: RMSNorm on each head's query and key (Qwen3).
         add_qkv_bias: bias of the query, key and value projections (Qwen2).
+        rope_scaling_factor: by how much Llama 3.1 stretches low rotary frequencies; None: not.
     """
 
     name: str
@@ -37,10 +38,14 @@ class Architecture:
     tie_word_embeddings: bool
     qk_layernorm: bool
     add_qkv_bias: bool
+    rope_scaling_factor: float | None = None
 
 
-def read_architecture(model_path: str | Path) -> Architecture:
+def read_architecture(model_path: str | Path, *, field: str = "student.model_path") -> Architecture:
     """Read ``config.json`` of a Hugging Face folder.
+
+    Args:
+        field: what the folder is called in messages.
 
     Raises:
         ConfigError: no such file, or a model that this package cannot build.
@@ -48,17 +53,16 @@ def read_architecture(model_path: str | Path) -> Architecture:
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise ConfigError(
-            f"student.model_path is {str(model_path)!r}: {path} does not exist; give a Hugging "
-            "Face folder with config.json and *.safetensors"
+            f"{field} is {str(model_path)!r}: {path} does not exist; give a Hugging Face folder "
+            "with config.json and *.safetensors"
         )
     values: dict[str, Any] = json.loads(path.read_text())
     name = (values.get("architectures") or ["none"])[0]
     if name not in SUPPORTED:
         raise ConfigError(
-            f"student.model_path: {path} says architecture {name}; supported: "
-            f"{', '.join(SUPPORTED)}"
+            f"{field}: {path} says architecture {name}; supported: {', '.join(SUPPORTED)}"
         )
-    _refuse_unsupported(path, values)
+    _refuse_unsupported(f"{field}: {path}", values)
     heads = int(values["num_attention_heads"])
     return Architecture(
         name=name,
@@ -75,6 +79,7 @@ def read_architecture(model_path: str | Path) -> Architecture:
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         qk_layernorm=name == "Qwen3ForCausalLM",
         add_qkv_bias=name == "Qwen2ForCausalLM",
+        rope_scaling_factor=_rope_scaling_factor(values),
     )
 
 
@@ -84,19 +89,43 @@ def _rope(values: dict[str, Any]) -> dict[str, Any]:
     return {**older, **(values.get("rope_parameters") or {})}
 
 
-def _refuse_unsupported(path: Path, values: dict[str, Any]) -> None:
+def _rope_type(values: dict[str, Any]) -> str:
     rope = _rope(values)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    required = {
-        "rope_scaling.rope_type": (rope_type, "default"),
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _rope_scaling_factor(values: dict[str, Any]) -> float | None:
+    return float(_rope(values)["factor"]) if _rope_type(values) == "llama3" else None
+
+
+def _refuse_unsupported(where: str, values: dict[str, Any]) -> None:
+    rope = _rope(values)
+    required: dict[str, tuple[Any, Any]] = {
         "hidden_act": (values.get("hidden_act", "silu"), "silu"),
         "use_sliding_window": (values.get("use_sliding_window", False), False),
         "mlp_bias": (values.get("mlp_bias", False), False),
         "attention_bias": (values.get("attention_bias", False), False),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
+        "quantization_config.quant_method": (
+            (values.get("quantization_config") or {}).get("quant_method"),
+            None,
+        ),
     }
+    if _rope_type(values) == "llama3":
+        # Megatron-Core's own constants; only the factor is an argument there.
+        required |= {
+            f"rope_scaling.{name}": (rope.get(name), allowed)
+            for name, allowed in (
+                ("low_freq_factor", 1.0),
+                ("high_freq_factor", 4.0),
+                ("original_max_position_embeddings", 8192),
+            )
+        }
+    else:
+        required["rope_scaling.rope_type"] = (_rope_type(values), "default")
     for field, (value, allowed) in required.items():
         if value != allowed:
             raise ConfigError(
-                f"student.model_path: {path} has {field}={value!r}; only {allowed!r} is supported, "
-                "choose another model"
+                f"{where} has {field}={value!r}; only {allowed!r} is supported, choose another "
+                "model"
             )

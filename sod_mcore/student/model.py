@@ -39,7 +39,23 @@ def build_model(
         ddp: fields of Megatron's DistributedDataParallelConfig, by their own names.
     """
     config = transformer_config(student, architecture)
-    model: torch.nn.Module = GPTModel(
+    model: torch.nn.Module = build_gpt_model(config, architecture, layout)
+    if config.bf16:
+        model = Float16Module(config, model)
+    ddp_fields = {
+        "grad_reduce_in_fp32": True,
+        "check_for_nan_in_grad": True,
+        "use_distributed_optimizer": use_distributed_optimizer,
+        **ddp,
+    }
+    return DistributedDataParallel(config, DistributedDataParallelConfig(**ddp_fields), model)
+
+
+def build_gpt_model(
+    config: TransformerConfig, architecture: Architecture, layout: ParallelLayout
+) -> GPTModel:
+    """This rank's part of the model, on its device, without any wrapper; weights are not set."""
+    return GPTModel(
         config=config,
         transformer_layer_spec=layer_specification(config),
         vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor_parallel_size),
@@ -50,16 +66,9 @@ def build_model(
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=architecture.rotary_base,
+        rope_scaling=architecture.rope_scaling_factor is not None,
+        rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
     ).to(layout.device)
-    if config.bf16:
-        model = Float16Module(config, model)
-    ddp_fields = {
-        "grad_reduce_in_fp32": True,
-        "check_for_nan_in_grad": True,
-        "use_distributed_optimizer": use_distributed_optimizer,
-        **ddp,
-    }
-    return DistributedDataParallel(config, DistributedDataParallelConfig(**ddp_fields), model)
 
 
 def layer_specification(config: TransformerConfig) -> TransformerBlockSubmodules:

@@ -33,6 +33,14 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 
 def write_config(folder: Path, **changes: Any) -> str:
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
@@ -122,6 +130,10 @@ def test_optimizer_and_ddp_refusals(
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method='fp8'"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}}, "low_freq_factor=2.0"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": None}}, "high_freq_factor=None"),
     ],
 )
 def test_models_that_would_be_built_wrong(
@@ -141,6 +153,14 @@ def test_rope_base_of_either_format(tmp_path: Path) -> None:
     assert read_architecture(write_config(tmp_path)).rotary_base == 1e6
     older = write_config(tmp_path, rope_parameters=None, rope_theta=5e5)
     assert read_architecture(older).rotary_base == 5e5
+
+
+def test_rope_scaling_of_either_format(tmp_path: Path) -> None:
+    assert read_architecture(write_config(tmp_path)).rope_scaling_factor is None
+    newer = write_config(tmp_path, rope_parameters={**LLAMA3, "rope_theta": 5e5})
+    assert read_architecture(newer).rope_scaling_factor == 32.0
+    older = write_config(tmp_path, rope_parameters=None, rope_theta=5e5, rope_scaling=LLAMA3)
+    assert read_architecture(older) == read_architecture(newer)
 
 
 def test_overrides_reach_megatron(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 
 from sod_mcore.student.architecture import Architecture
-from sod_mcore.student.conversion.qwen3 import ParameterMapping, stage_parameters
+from sod_mcore.student.conversion.families import stage_parameters
+from sod_mcore.student.conversion.table import ParameterMapping
 from sod_mcore.student.parallel_state import ParallelLayout
 
 NamedTensors = list[tuple[str, torch.Tensor]]

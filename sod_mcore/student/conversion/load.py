@@ -13,12 +13,7 @@ from safetensors import safe_open
 
 from sod_mcore.config import ConfigError
 from sod_mcore.student.architecture import Architecture
-from sod_mcore.student.conversion.qwen3 import (
-    OUTPUT_LAYER,
-    ParameterMapping,
-    Vocabulary,
-    stage_parameters,
-)
+from sod_mcore.student.conversion.families import stage_parameters, tied_output_layer
 from sod_mcore.student.parallel_state import ParallelLayout
 
 
@@ -32,13 +27,12 @@ def load_hf_weights(
     """
     mappings = list(stage_parameters(architecture, model.config, layout.pipeline_parallel_rank))
     parameters = dict(model.named_parameters())
-    if OUTPUT_LAYER in parameters and architecture.tie_word_embeddings:
-        mappings.append(
-            ParameterMapping(OUTPUT_LAYER, ("model.embed_tokens.weight",), Vocabulary())
-        )
+    copy = tied_output_layer(architecture)
+    if architecture.tie_word_embeddings and copy.megatron_name in parameters:
+        mappings.append(copy)
     _require_same_names(set(parameters), {mapping.megatron_name for mapping in mappings})
     with ExitStack() as stack, torch.no_grad():
-        files = _SafetensorsFolder(Path(folder), stack)
+        files = SafetensorsFolder(Path(folder), stack)
         for mapping in mappings:
             tensors = [
                 files.slice(name, shape)
@@ -60,7 +54,7 @@ def _require_same_names(model: set[str], table: set[str]) -> None:
         )
 
 
-class _SafetensorsFolder:
+class SafetensorsFolder:
     """Lazy access to the tensors of a folder, whichever file each is in."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
@@ -78,6 +72,13 @@ class _SafetensorsFolder:
                 f"{folder} has neither model.safetensors nor model.safetensors.index.json; give a "
                 "folder with safetensors weights"
             )
+
+    def dtypes(self) -> dict[str, str]:
+        """Tensor name -> its dtype as safetensors spells it, such as ``BF16``."""
+        return {
+            name: self._open(file).get_slice(name).get_dtype()
+            for name, file in sorted(self.file_of.items())
+        }
 
     def slice(self, name: str, shape: tuple[int, ...]) -> Any:
         """The tensor as a lazy slice, after a look at its shape."""
