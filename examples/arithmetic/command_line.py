@@ -1,12 +1,8 @@
-"""What the scripts of this folder share: arguments, settings, and folders written as a whole."""
+"""What the scripts of this folder share: arguments and settings."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from examples.arithmetic.settings import ArithmeticSettings
@@ -33,26 +29,3 @@ def load_settings(arguments: argparse.Namespace) -> ArithmeticSettings:
         return load_config(ArithmeticSettings, arguments.recipe, arguments.overrides)
     except ConfigError as error:
         fail(str(error))
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its name once everything in it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,11 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from examples.arithmetic.command_line import load_settings, make_parser, new_folder
+from examples.arithmetic.command_line import load_settings, make_parser
 from examples.arithmetic.demonstrations import TOOL, copy_exercise, demonstrate
 from examples.arithmetic.problems import Problem, problem_stream
 from examples.arithmetic.settings import AgentHabits, DataSettings
 from sod_mcore.data import assert_disjoint, question_text, read_conversations, read_prompts
+from sod_mcore.files import atomic_folder
 
 Row = dict[str, Any]
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output.exists():
         print(f"{options.output} exists; nothing to do")
         return
-    with new_folder(options.output) as folder:
+    with atomic_folder(options.output) as folder:
         write_data(folder, settings)
         check_disjoint(folder)
 

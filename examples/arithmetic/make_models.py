@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from examples.arithmetic.command_line import load_settings, make_parser, new_folder
+from examples.arithmetic.command_line import load_settings, make_parser
 from examples.arithmetic.settings import ModelSettings
+from sod_mcore.files import atomic_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """Copied by name: the folder may also be a model's, with weights of its own."""
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (options.output / name).exists():
             print(f"{options.output / name} exists; nothing to do")
             continue
-        with new_folder(options.output / name) as folder:
+        with atomic_folder(options.output / name) as folder:
             make_model(model_settings, tokenizer).save_pretrained(folder)
             for file in TOKENIZER_FILES:
                 shutil.copyfile(options.tokenizer / file, folder / file)

@@ -19,9 +19,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from examples.arithmetic.command_line import load_settings, make_parser, new_folder
+from examples.arithmetic.command_line import load_settings, make_parser
 from examples.arithmetic.settings import TokenizerSettings
 from sod_mcore.data import Conversation, read_conversations
+from sod_mcore.files import atomic_folder
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{options.output} exists; nothing to do")
         return
     conversations = read_conversations(options.data / "sft_student.parquet")
-    with new_folder(options.output) as folder:
+    with atomic_folder(options.output) as folder:
         train_tokenizer(conversations, settings).save_pretrained(folder)
 
 

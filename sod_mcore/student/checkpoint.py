@@ -8,7 +8,6 @@ checkpoint in place.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from sod_mcore.student.conversion.save import sync_folder
+from sod_mcore.files import make_empty, replace_folder, temporary_folder, write_text
 from sod_mcore.student.exchange import broadcast_from_rank0, wait_for_all
 from sod_mcore.student.model import unwrap
 from sod_mcore.student.optimizer import initialize_adam_state
@@ -55,24 +54,25 @@ def save(
         progress: JSON-able; comes back from :func:`load_newest`.
         keep: newest checkpoints that are kept, this one included.
     """
-    name = f"step_{step:08d}"
-    temporary = directory / f".{name}.tmp"
-    _on_rank_zero(state, lambda: _make_empty(temporary))
+    folder = directory / f"step_{step:08d}"
+    temporary = temporary_folder(folder)
+    _on_rank_zero(state, lambda: make_empty(temporary))
     dist_checkpointing.save(_sharded_state(state, is_loading=False), str(temporary))
     torch.save(_random_states(), _random_file(temporary, state.layout.rank))
     wait_for_all(state.layout.world_group)
-    _on_rank_zero(state, lambda: _complete(temporary, directory / name, state, progress, keep))
+    _on_rank_zero(state, lambda: _complete(temporary, folder, state, progress, keep))
 
 
 def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
     """Restore the newest complete checkpoint; collective over all ranks.
 
-    Random states are restored where the checkpoint was written by the same layout; another layout
-    keeps those of its seed.
+    Unfinished ones, which a killed process has left, are removed. Random states are restored where
+    the checkpoint was written by the same layout; another layout keeps those of its seed.
 
     Returns:
         the ``progress`` it was saved with, or None if there is no checkpoint.
     """
+    _on_rank_zero(state, lambda: _remove_unfinished(directory))
     newest = (_newest_complete(directory),) if state.layout.rank == 0 else None
     (name,) = broadcast_from_rank0(newest, state.layout.world_group)
     if name is None:
@@ -111,16 +111,9 @@ def _complete(
         "layout": _layout_header(state.layout),
     }
     (temporary / PROGRESS).write_text(json.dumps(header, indent=2) + "\n")
-    sync_folder(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    pointer = final.with_name(f".{LATEST}.tmp")
-    with pointer.open("w") as file:
-        file.write(final.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    pointer.replace(final.with_name(LATEST))
-    sync_folder_entry(final.parent)
+    replace_folder(temporary, final)
+    write_text(final.with_name(LATEST), final.name + "\n")
+    _remove_unfinished(final.parent)
     folders = sorted(final.parent.glob("step_*"))
     # Later ones are of a run that was given up; this one continues from an earlier step.
     later = [folder for folder in folders if folder.name > final.name]
@@ -128,13 +121,10 @@ def _complete(
         shutil.rmtree(folder)
 
 
-def sync_folder_entry(folder: Path) -> None:
-    """Flush the names in a folder (not the files' contents) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove_unfinished(directory: Path) -> None:
+    """Remove what a process that was killed while saving has left."""
+    for folder in directory.glob(".step_*"):
+        shutil.rmtree(folder)
 
 
 def _newest_complete(directory: Path) -> str | None:
@@ -159,11 +149,6 @@ def _on_rank_zero(state: TrainingState, work: Callable[[], None]) -> None:
     problem = broadcast_from_rank0((problem,), state.layout.world_group)[0]
     if problem is not None:
         raise OSError(f"checkpoint on rank 0: {problem}")
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
 
 
 def _layout_header(layout: ParallelLayout) -> dict[str, int]:

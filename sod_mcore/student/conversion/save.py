@@ -7,7 +7,6 @@ synced and renamed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from sod_mcore.files import atomic_folder
 from sod_mcore.student.conversion.export import NamedTensors
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -35,42 +35,12 @@ def save_hf_folder(
         destination: an existing folder of this name is replaced.
         dtype: dtype of the weights; None keeps that of the tensors.
     """
-    source, destination = Path(source), Path(destination)
-    temporary = destination.with_name(f".{destination.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    written = _write_weights(buckets, temporary, dtype)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copyfile(path, temporary / path.name)
-    _set_config_dtype(temporary / "config.json", written)
-    sync_folder(temporary)
-    replace_folder(temporary, destination)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush every file of a folder, and the folder itself, to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def replace_folder(temporary: Path, destination: Path) -> None:
-    """Rename ``temporary`` to ``destination``, whose old content goes away afterwards."""
-    old = destination.with_name(f".{destination.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if destination.exists():
-        destination.rename(old)
-    temporary.rename(destination)
-    shutil.rmtree(old, ignore_errors=True)
-    descriptor = os.open(destination.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with atomic_folder(Path(destination)) as folder:
+        written = _write_weights(buckets, folder, dtype)
+        for path in sorted(Path(source).iterdir()):
+            if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+                shutil.copyfile(path, folder / path.name)
+        _set_config_dtype(folder / "config.json", written)
 
 
 def _write_weights(
