@@ -3,10 +3,10 @@
     python -m sod_mcore.serving CONFIG [key=value ...]
     python -m sod_mcore.serving CONFIG [key=value ...] -- torchrun ... pretrain_sod.py CONFIG
 
-The first form runs until SIGINT or SIGTERM. The second runs the command while the models are
-served, passes signals on to it and ends with its exit code; with 75 where the command was the
-configuration's run and was stopped (``sod_mcore/outcome.py``), which torchrun cannot tell. Either
-way no process is left behind.
+The first form runs until SIGINT, SIGTERM, SIGHUP or SIGUSR2. The second runs the command while the
+models are served, passes signals on to it and ends with its exit code; with 75 where the command
+was the configuration's run and was stopped (``sod_mcore/outcome.py``), which torchrun cannot tell.
+Either way no process is left behind.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from sod_mcore.serving.fleet import Endpoints, FleetError, endpoints_path
 from sod_mcore.serving.supervisor import POLL_SECONDS, Fleet
 
 USAGE = "usage: python -m sod_mcore.serving CONFIG [key=value ...] [-- command ...]"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PASSED_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+"""SIGUSR2 because SLURM's srun passes it on, while of a SIGTERM it makes a SIGKILL."""
+PASSED_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -75,9 +75,12 @@ class Endpoints:
     @property
     def is_stale(self) -> bool:
         """Whether the owner is known to be gone (on another machine that cannot be known)."""
-        if self.hostname != socket.gethostname():
-            return False
-        return process_start_ticks(self.pid) != self.process_start
+        return not self.is_elsewhere and process_start_ticks(self.pid) != self.process_start
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the owner runs on another machine."""
+        return self.hostname != socket.gethostname()
 
 
 def endpoints_path(directory: Path) -> Path:

@@ -104,7 +104,8 @@ def router_command(
     return [
         # -P: the folder of router.py stays out of sys.path.
         *(serving.python, "-P", str(ROUTER_PROGRAM), "--worker-urls", *engine_urls),
-        *("--host", serving.host, "--port", str(port)),
+        # The router takes an address only; engines take names as well.
+        *("--host", host_address(serving.host), "--port", str(port)),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(prometheus_port)),
         # Prompts of one group share their prefix: the same engine has it in its cache.
         *("--policy", "cache_aware" if len(engine_urls) > 1 else "round_robin"),
@@ -116,6 +117,21 @@ def router_command(
         # load, and its circuit breaker would keep a healthy engine shut for a minute.
         *("--disable-retries", "--disable-circuit-breaker", "--log-level", "warn"),
     ]
+
+
+def host_address(host: str) -> str:
+    """The IPv4 address of ``serving.host`` as this machine resolves it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        raise ConfigError(
+            f"serving.host is {host!r}, which this machine cannot resolve ({error}); give its "
+            "address, or a name that all nodes know"
+        ) from error
 
 
 def free_port(host: str) -> int:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -65,7 +66,8 @@ class Fleet:
             FleetError: a process died or did not become ready in time, or a route is wrong.
             ConfigError: a model folder cannot be served, or another fleet serves this run.
         """
-        self._refuse_second_fleet()
+        launch.host_address(self._serving.host)
+        await self._refuse_second_fleet()
         models = {"student": self._serving.student}
         if self._serving.teacher is not None:
             models["teacher"] = self._serving.teacher
@@ -123,11 +125,13 @@ class Fleet:
             await self._front_door.stop()
         self.children.stop()
 
-    def _refuse_second_fleet(self) -> None:
+    async def _refuse_second_fleet(self) -> None:
         try:
             running = read_endpoints(self._directory)
         except FleetError:
             return
+        if running.is_elsewhere and not await _front_door_answers(running):
+            return  # a machine that was lost could not remove its file
         raise ConfigError(
             f"process {running.pid} on {running.hostname} already serves "
             f"from {self._directory}; stop it, or set run.directory or serving.directory"
@@ -274,6 +278,15 @@ async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
             return response.status == 200
     except (aiohttp.ClientError, TimeoutError, ConnectionError):
         return False
+
+
+async def _front_door_answers(endpoints: Endpoints) -> bool:
+    """Whether a fleet of another machine is there; one on its own loopback counts as being so."""
+    host = urlsplit(endpoints.front_door).hostname or ""
+    if host == "localhost" or host.startswith("127."):
+        return True
+    async with aiohttp.ClientSession() as session:
+        return await _answers(session, f"{endpoints.front_door}/health")
 
 
 async def _all_or_first_error(pending: Sequence[Awaitable[Result]]) -> list[Result]:

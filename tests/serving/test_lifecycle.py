@@ -312,9 +312,24 @@ def test_a_second_fleet_is_refused(setup: Setup) -> None:
         assert read_endpoints(setup.directory).pid == first.process.pid
 
 
+def test_addresses_left_by_a_machine_that_was_lost(setup: Setup) -> None:
+    """They lie in a shared folder; the next start on another node must not refuse for ever."""
+    with setup.serve() as first:
+        left = dataclasses.replace(first.wait_until_served(), hostname="elsewhere")
+    unreachable = dataclasses.replace(left, front_door="http://nowhere.invalid:9")
+    write_endpoints(unreachable, setup.directory)
+    with setup.serve("true") as second:
+        assert second.wait() == 0, second.text()
+    write_endpoints(left, setup.directory)  # served on its loopback: that cannot be known from here
+    with setup.serve("true") as third:
+        assert third.wait() == 2
+    assert "on elsewhere already serves" in third.text()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (("serving.host=nowhere.invalid",), "serving.host is 'nowhere.invalid'"),
         (("serving.python=/nowhere/python",), "serving.python is '/nowhere/python'"),
         (("serving.teacher.model_path=/nowhere",), "serving.teacher.model_path is '/nowhere'"),
         (("serving=null",), "serving is missing"),
