@@ -1,4 +1,4 @@
-"""The sod command: serve the models, tell how a run ended, print settings and recorded batches."""
+"""The sod command: thin faces of the parts that a user or a job file calls by name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from sod_mcore.config_file import fail, load_config
 from sod_mcore.outcome import EXIT_FAILED, read_outcome
 from sod_mcore.report.summary import summarise_rollout
 from sod_mcore.serving.__main__ import main as serve
+from sod_mcore.serving.fleet import FleetError
+from sod_mcore.serving.joining import address_settings, wait_for_fleets
+from sod_mcore.slurm.command_line import main as slurm
 from sod_mcore.trajectory import RecordedBatch, Trajectory
 
 
@@ -22,9 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["serve"]:
         # Handed on as it stands: what follows "--" belongs to another program.
         return serve(arguments[1:])
+    if arguments[:1] == ["slurm"]:
+        return slurm(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.command == "outcome":
         return print_outcome(options.config, options.overrides)
+    if options.command == "wait-for-engines":
+        return print_address_settings(options.folders, options.timeout)
     if options.command == "settings":
         print(config_help.reference_file(), end="")
     else:
@@ -44,6 +51,17 @@ def print_outcome(path: Path, overrides: Sequence[str]) -> int:
         return EXIT_FAILED
     print(f"{outcome.outcome} after {outcome.completed_steps} steps: {outcome.reason}")
     return outcome.exit_code
+
+
+def print_address_settings(folders: Sequence[Path], timeout_seconds: float) -> int:
+    """Print what one fleet over all engines of other fleets needs to know, one setting a line."""
+    try:
+        fleets = wait_for_fleets(folders, timeout_seconds)
+        print("\n".join(address_settings(fleets)))
+    except FleetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def describe_batch(path: Path, num_conversations: int) -> str:
@@ -71,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sod", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve a configuration's models (sod_mcore.serving)")
+    commands.add_parser("slurm", help="write a job file for SLURM (sod_mcore.slurm)")
+    wait = commands.add_parser(
+        "wait-for-engines",
+        help="wait for the fleets of several nodes; print their engines as settings for one more",
+    )
+    wait.add_argument("folders", nargs="+", type=Path, help="serving.directory of each fleet")
+    wait.add_argument("--timeout", type=float, required=True, metavar="SECONDS")
     commands.add_parser("settings", help="print every setting with its meaning, as YAML")
     outcome = commands.add_parser(
         "outcome",

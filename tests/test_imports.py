@@ -30,13 +30,14 @@ MAY_IMPORT = {
     "rewards": {"tools"},
     "rollout": {"chat", "serving", "tools", "rewards"},
     "serving": set(),
+    "slurm": set(),
     "student": {"ops", "algorithm"},
     "tools": set(),
     "trajectory": set(),
 }  # fmt: skip
 """The parts of the package and which other parts each may import, beside those for all."""
 
-WITHOUT_TORCH = ("config", "config_help", "report", "tools", "trajectory")
+WITHOUT_TORCH = ("config", "config_help", "report", "slurm.command_line", "tools", "trajectory")
 
 
 def parts() -> list[str]:
