@@ -50,6 +50,12 @@ class RunConfig:
     """Recorded batch (or folder of them) to train on, without any engine."""
     stop_file: str | None = None
     """When this file appears the run saves a checkpoint and ends; default: directory/stop."""
+    stop_grace_seconds: Seconds = 20.0
+    """Time from SIGINT or SIGTERM until a rank that has not ended is ended by force. torchrun kills
+    after 30 s; for steps longer than this raise both (torchrun --shutdown-timeout), or use the
+    stop file, which has no limit."""
+    collective_timeout_seconds: Seconds = 600.0
+    """Longest time that ranks wait for each other in training; rollouts have their own deadline."""
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -64,6 +70,9 @@ class StudentConfig:
     """How trajectories share a micro-batch: end to end in one row, or one row each with padding."""
     micro_batch_tokens: Positive = 16384
     """Upper bound of tokens a micro-batch (padding included); a longer trajectory gets its own."""
+    transformer_implementation: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Whose transformer layers: "auto" takes Transformer Engine's where they can be used (it is
+    installed, CUDA is there, precision is bf16), else Megatron's own with torch's attention."""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of Megatron-Core's TransformerConfig / ModelParallelConfig, by their own names, for
     example tensor_model_parallel_size, pipeline_model_parallel_size, sequence_parallel."""
@@ -288,6 +297,12 @@ class ServingConfig:
     """Longest wait for one answer of an engine."""
     max_connections: Positive = 256
     """Open requests to one router."""
+    weight_sync: Literal["disk", "tensor"] = "disk"
+    """How new weights reach the student's engines: as a folder in run.directory that every engine
+    reads, or by value over HTTP, without a disk."""
+    weight_bucket_mb: Positive = 256
+    """Weights gathered and sent at a time, MiB; bounds what weight_sync adds to rank 0's memory. A
+    tensor that is larger, as the embedding may be, goes alone."""
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Largest difference between trainer's and engine's log-prob of the fixed probe, in nats; null
     takes 0.001 for a float32 student and 0.2 for a bfloat16 one."""

@@ -28,8 +28,12 @@ SUPPORTED_VERSION = "0.19.2"
 PACKAGE = "megatron.core"
 
 
-def prepare_megatron() -> None:
+def prepare_megatron(*, hide_gpu_packages: bool | None = None) -> None:
     """Install the patches for this machine; calling it again does nothing.
+
+    Args:
+        hide_gpu_packages: Megatron does not find Transformer Engine and Apex; by default so where
+            there is no CUDA. Tests that put stand-ins in their place show them to Megatron.
 
     Raises:
         RuntimeError: megatron-core is missing, has another version, or was imported already.
@@ -42,6 +46,8 @@ def prepare_megatron() -> None:
             "megatron.core was imported before sod_mcore.student; import sod_mcore.student first"
         )
     _quiet()
+    if hide_gpu_packages or (hide_gpu_packages is None and not torch.cuda.is_available()):
+        megatron_cpu.hide_gpu_packages()
     patches: dict[str, list[Patch]] = {
         name: [patch] for name, patch in megatron_fixes.PATCHES.items()
     }
@@ -63,8 +69,10 @@ def prepare_megatron() -> None:
 
 def _quiet() -> None:
     """Hide what 0.19.2 prints on every start without Transformer Engine and Apex: dozens of lines
-    about fallbacks, which are this project's choice (see the local layer specification)."""
+    about fallbacks, which are this project's choice (see the local layer specification); and what
+    torch says about the way in which it reads checkpoints."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\.")
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 

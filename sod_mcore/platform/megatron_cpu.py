@@ -111,6 +111,27 @@ def rebind_torch(module: ModuleType) -> None:
         module.torch = _TORCH  # type: ignore[attr-defined]
 
 
+GPU_PACKAGES = (
+    "transformer_engine",
+    "transformer_engine_torch",
+    "apex",
+    "amp_C",
+    "fused_weight_gradient_mlp_cuda",
+)
+"""What Megatron-Core takes layers, optimizers and kernels from wherever it can be imported; all of
+it computes on CUDA only. The last two are Apex's compiled modules."""
+
+
+def hide_gpu_packages() -> None:
+    """Let imports of these packages fail as if they were not installed.
+
+    A node without a GPU often has them all the same, in the container that serves the others, and
+    Megatron would build an optimizer that fails in its first step.
+    """
+    for name in GPU_PACKAGES:
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to block an import
+
+
 def make_cuda_method_a_no_op() -> None:
     """``tensor.cuda()`` leaves the tensor where it is: without CUDA it could only raise."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

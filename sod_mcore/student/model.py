@@ -1,4 +1,4 @@
-"""Build the student: GPTModel on local layers, wrapped for mixed precision and data parallelism."""
+"""Build the student: a GPTModel, wrapped for mixed precision and data parallelism."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -72,7 +77,19 @@ def build_gpt_model(
 
 
 def layer_specification(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Megatron's local layers with this package's RMSNorm and attention, for this stage."""
+    """The layers of this stage, by the implementation that the configuration names."""
+    if config.transformer_impl == "transformer_engine":
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        norm = TENorm
+    else:
+        layer, norm = _local_layer(config), RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm
+    )
+
+
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
+    """Megatron's local layer with this package's RMSNorm and attention."""
     layer = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
@@ -83,9 +100,7 @@ def layer_specification(config: TransformerConfig) -> TransformerBlockSubmodules
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
+    return layer
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:

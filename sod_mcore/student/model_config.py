@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sod_mcore.config import ConfigError, OptimizerConfig, StudentConfig
 from sod_mcore.student.architecture import Architecture, read_architecture
+from sod_mcore.student.backend import choose_backend
 
 VOCABULARY_DIVISOR = 128
 """Rows of the embedding are padded to a multiple of this times the tensor-parallel size, as in
@@ -44,20 +45,21 @@ _FROM_CONFIG_JSON = (
 _FROM_PRECISION = ("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype")
 _ONLY_VALUE: dict[str, tuple[Any, str]] = {
     "calculate_per_token_loss": (True, "losses are means over the tokens of the mini-batch"),
-    "context_parallel_size": (1, "attention without TransformerEngine cannot split a sequence"),
+    "context_parallel_size": (
+        1,
+        "rows are not split over ranks, with or without TransformerEngine",
+    ),
     "expert_model_parallel_size": (1, "only dense models are supported"),
     "num_moe_experts": (None, "only dense models are supported"),
     "virtual_pipeline_model_parallel_size": (None, "interleaved stages are not supported"),
     "num_layers_per_virtual_pipeline_stage": (None, "interleaved stages are not supported"),
     "mtp_num_layers": (None, "multi-token prediction is not supported"),
     "defer_embedding_wgrad_compute": (False, "the loss selects rows before the output layer"),
-    "masked_softmax_fusion": (False, "attention is torch's scaled_dot_product_attention"),
-    "gradient_accumulation_fusion": (False, "it needs Apex"),
+    "masked_softmax_fusion": (False, "attention computes no masked softmax of its own"),
     "bias_dropout_fusion": (False, "it needs torch.compile in each worker"),
-    "apply_rope_fusion": (False, "it needs TransformerEngine"),
-    "persist_layer_norm": (False, "it needs Apex"),
-    "fp8": (None, "it needs TransformerEngine"),
-    "fp4": (None, "it needs TransformerEngine"),
+    "persist_layer_norm": (False, "no RMSNorm has such a kernel"),
+    "fp8": (None, "rows are not padded to the multiples that FP8 products need"),
+    "fp4": (None, "rows are not padded to the multiples that FP4 products need"),
 }
 _ONLY_DDP_VALUE: dict[str, tuple[Any, str]] = {
     "average_in_collective": (False, "losses are means over the tokens of the mini-batch"),
@@ -113,6 +115,7 @@ def check_layout(
             )
         if field in _FROM_PRECISION:
             raise ConfigError(f"student.megatron.{field}: set student.precision instead")
+    _check_backend(student)
     sizes = _parallel_sizes(student.megatron, world_size)
     _check_divisibility(architecture, student.megatron, sizes)
     if optimizer is not None:
@@ -136,11 +139,26 @@ def check_layout(
     return sizes
 
 
+def _check_backend(student: StudentConfig) -> None:
+    """Refuse what the layers of this machine cannot do."""
+    if "transformer_impl" in student.megatron:
+        raise ConfigError(
+            "student.megatron.transformer_impl: set student.transformer_implementation instead"
+        )
+    backend = choose_backend(student)
+    if student.megatron.get("apply_rope_fusion") and backend.layers == "local":
+        raise ConfigError(
+            "student.megatron.apply_rope_fusion is true, but it needs TransformerEngine's layers: "
+            f"{backend.reason}; mend that, or remove it"
+        )
+
+
 def transformer_config(student: StudentConfig, architecture: Architecture) -> TransformerConfig:
     """Megatron's configuration of the student; ``student.megatron`` overrides the defaults."""
     is_bf16 = student.precision == "bf16"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     pipeline_size = student.megatron.get("pipeline_model_parallel_size", 1)
+    backend = choose_backend(student)
     fields: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
@@ -164,9 +182,10 @@ def transformer_config(student: StudentConfig, architecture: Architecture) -> Tr
         "finalize_model_grads_func": finalize_model_grads,
         # Weights are loaded at once, so their initialisation would be wasted.
         "perform_initialization": False,
-        # These fusions need TransformerEngine, Apex or torch.compile.
+        "transformer_impl": backend.layers,
+        "gradient_accumulation_fusion": backend.gradient_accumulation_fusion,
+        # These fusions need torch.compile, or kernels that this model does not call.
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "persist_layer_norm": False,
@@ -232,27 +251,48 @@ def _parallel_sizes(megatron: Mapping[str, Any], world_size: int) -> ParallelSiz
     return ParallelSizes(tensor, pipeline, context, world_size // product)
 
 
-def _check_divisibility(
-    architecture: Architecture, megatron: Mapping[str, Any], sizes: ParallelSizes
+def check_divisibility(
+    architecture: Architecture,
+    sizes: ParallelSizes,
+    *,
+    tensor_field: str = "student.megatron.tensor_model_parallel_size",
+    pipeline_field: str = "student.megatron.pipeline_model_parallel_size",
+    even_stages: bool = True,
 ) -> None:
+    """Refuse sizes that do not divide the model.
+
+    Args:
+        tensor_field: what the user calls the tensor-parallel size.
+        pipeline_field: what the user calls the pipeline-parallel size.
+        even_stages: every stage has as many layers.
+
+    Raises:
+        ConfigError: the first size that does not divide.
+    """
     for field in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         size = getattr(architecture, field)
         if size % sizes.tensor:
             raise ConfigError(
-                f"student.megatron.tensor_model_parallel_size is {sizes.tensor}, which does not "
-                f"divide the model's {field} = {size}; choose a divisor of {size}"
+                f"{tensor_field} is {sizes.tensor}, which does not divide the model's {field} = "
+                f"{size}; choose a divisor of {size}"
             )
+    if even_stages and architecture.num_layers % sizes.pipeline:
+        raise ConfigError(
+            f"{pipeline_field} is {sizes.pipeline}, which does not divide the model's num_layers = "
+            f"{architecture.num_layers}; choose a divisor of {architecture.num_layers}"
+        )
+
+
+def _check_divisibility(
+    architecture: Architecture, megatron: Mapping[str, Any], sizes: ParallelSizes
+) -> None:
     uneven = (
         "num_layers_in_first_pipeline_stage",
         "num_layers_in_last_pipeline_stage",
         "pipeline_model_parallel_layout",
     )
-    if architecture.num_layers % sizes.pipeline and not any(name in megatron for name in uneven):
-        raise ConfigError(
-            f"student.megatron.pipeline_model_parallel_size is {sizes.pipeline}, which does not "
-            f"divide the model's num_layers = {architecture.num_layers}; choose a divisor or set "
-            f"{uneven[0]}"
-        )
+    is_uneven = any(name in megatron for name in uneven)
+    check_divisibility(architecture, sizes, even_stages=not is_uneven)
     if megatron.get("sequence_parallel") and sizes.tensor == 1:
         raise ConfigError(
             "student.megatron.sequence_parallel is true with tensor_model_parallel_size 1; remove "

@@ -9,6 +9,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from sod_mcore.config import ConfigError, OptimizerConfig
+from sod_mcore.student.backend import adam_implementation
 
 
 def build_optimizer(
@@ -16,7 +17,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW on float32 main parameters, clipped by the norm over all ranks.
 
-    Without TransformerEngine or Apex it is torch's AdamW inside Megatron's wrappers.
+    Megatron builds it around the Adam that :func:`adam_implementation` names.
     """
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -72,9 +73,11 @@ def build_schedule(
 def initialize_adam_state(optimizer: MegatronOptimizer) -> None:
     """Give every parameter the state that AdamW would make in its first step.
 
-    A checkpoint is loaded into existing state, and Megatron's own initialisation knows only the
-    optimizers of TransformerEngine and Apex.
+    A checkpoint is loaded into existing state. Megatron itself makes that of the fused Adams, which
+    count steps by parameter group; torch's counts them by parameter, and Megatron does not know it.
     """
+    if adam_implementation() != "torch":
+        return
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
         for group in inner.param_groups:

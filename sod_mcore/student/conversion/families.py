@@ -34,7 +34,7 @@ def stage_parameters(
     offset = get_transformer_layer_offset(config, pp_rank=stage)
     for layer in range(get_num_layers_to_build(config, pp_rank=stage)):
         for mapping in table.layer:
-            yield mapping.in_layer(layer, layer + offset)
+            yield mapping.in_layer(layer, layer + offset, config.transformer_impl)
     if stage == config.pipeline_model_parallel_size - 1:
         yield table.final_norm
         if not architecture.tie_word_embeddings:
@@ -47,3 +47,14 @@ def tied_output_layer(architecture: Architecture) -> ParameterMapping:
     return ParameterMapping(
         table.output_layer.megatron_name, table.embedding.hf_names, table.output_layer.layout
     )
+
+
+def all_hf_names(architecture: Architecture) -> set[str]:
+    """Names of all tensors of a Hugging Face folder."""
+    table = TABLES[architecture.name]
+    mappings = [table.embedding, table.final_norm]
+    if not architecture.tie_word_embeddings:
+        mappings.append(table.output_layer)
+    for layer in range(architecture.num_layers):
+        mappings += [mapping.in_layer(layer, layer) for mapping in table.layer]
+    return {name for mapping in mappings for name in mapping.hf_names}

@@ -1,10 +1,19 @@
-"""The form of a mapping table: Megatron's parameter names beside those of Hugging Face."""
+"""The form of a mapping table: Megatron's parameter names beside those of Hugging Face.
+
+The tables have the names of Megatron's local layers. Those of Transformer Engine hold the two norms
+in the linear layers behind them; all other names are the same.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from sod_mcore.student.conversion.layouts import Layout
+
+_TRANSFORMER_ENGINE_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
 
 
 @dataclass(frozen=True)
@@ -22,11 +31,20 @@ class ParameterMapping:
     hf_names: tuple[str, ...]
     layout: Layout
 
-    def in_layer(self, megatron_layer: int, hf_layer: int) -> ParameterMapping:
-        """A ``layer`` row with whole names; the layers are counted by stage and by model."""
+    def in_layer(
+        self, megatron_layer: int, hf_layer: int, implementation: str = "local"
+    ) -> ParameterMapping:
+        """A ``layer`` row with whole names; the layers are counted by stage and by model.
+
+        Args:
+            implementation: Megatron's ``transformer_impl``.
+        """
+        megatron_name = self.megatron_name
+        if implementation == "transformer_engine":
+            megatron_name = _TRANSFORMER_ENGINE_NAMES.get(megatron_name, megatron_name)
         return replace(
             self,
-            megatron_name=f"decoder.layers.{megatron_layer}.{self.megatron_name}",
+            megatron_name=f"decoder.layers.{megatron_layer}.{megatron_name}",
             hf_names=tuple(f"model.layers.{hf_layer}.{name}" for name in self.hf_names),
         )
 
