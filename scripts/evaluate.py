@@ -25,8 +25,10 @@ from sod_mcore.loop.preflight import check_data, live_endpoints
 from sod_mcore.loop.session import pool_settings
 from sod_mcore.rollout.pool import RolloutError, RolloutPool
 from sod_mcore.serving.client import EngineError
+from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import FleetError
-from sod_mcore.serving.weights import WeightUpdateError, update_from_disk
+from sod_mcore.serving.weight_transfer import WeightUpdateError
+from sod_mcore.serving.weights import update_weights
 
 USER_ERRORS = (
     *(ConfigError, DataError, OverlapError),
@@ -63,7 +65,7 @@ def evaluate_folder(config: SodConfig, weights: Path) -> dict[str, float]:
     check_data(config)
     endpoints = live_endpoints(config)
     timeout = config.serving.request_timeout_seconds
-    update_from_disk(endpoints, "student", weights, VERSION, timeout)
+    update_weights(endpoints, "student", DiskTransfer(weights), VERSION, timeout)
     prompts = read_prompts(Path(config.evaluation.data))
     with RolloutPool(pool_settings(config)) as pool:
         results = [

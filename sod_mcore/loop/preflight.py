@@ -22,6 +22,8 @@ from sod_mcore.report.metrics import require_wandb
 from sod_mcore.rollout.services import make_verifiers
 from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
+from sod_mcore.serving.tensor_check import engine_shapes
+from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import weight_versions
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.tools.code_interpreter import code_interpreter_schema
@@ -46,7 +48,10 @@ def check_before_launch(config: SodConfig) -> str | None:
             check_data(config)
             check_engines(config)
             check_prompt_lengths(config)
-    except (ConfigError, DataError, EngineError, FleetError, OverlapError) as error:
+    except (
+        *(ConfigError, DataError, OverlapError),
+        *(EngineError, FleetError, WeightUpdateError),
+    ) as error:
         return str(error)
     return None
 
@@ -130,6 +135,8 @@ def check_engines(config: SodConfig) -> None:
         return
     endpoints = live_endpoints(config)
     _check_served_models(endpoints, config)
+    if config.serving is not None and config.serving.weight_sync == "tensor":
+        engine_shapes(endpoints.model("student"))
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for name, model in endpoints.models.items():
         if model.context_length < longest:

@@ -1,13 +1,15 @@
 """Brings the student's weights to its engines after every step, and proves that they arrived.
 
-The weights are written as a Hugging Face folder, the engines load it, report the version, and score
-a fixed probe; the trainer scores the same probe. A difference means that the rollouts would come
-from another model than the one that is trained, so the run stops.
+The weights travel as a Hugging Face folder or by value (``serving.weight_sync``). Either way the
+engines report the version and score a fixed probe; the trainer scores the same probe. A difference
+means that the rollouts would come from another model than the one that is trained, so the run
+stops.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +19,12 @@ from numpy.typing import NDArray
 
 from sod_mcore.config import ServingConfig
 from sod_mcore.loop.rank_zero import on_rank_zero
+from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import Endpoints
-from sod_mcore.serving.weights import probe_logprobs, update_from_disk
+from sod_mcore.serving.tensor_transfer import TensorTransfer
+from sod_mcore.serving.weight_transfer import WeightTransfer
+from sod_mcore.serving.weights import probe_logprobs, update_weights
+from sod_mcore.student.conversion.export import NamedTensors
 from sod_mcore.student.examples import TrainingExample
 from sod_mcore.student.student import Student
 
@@ -37,7 +43,7 @@ class WeightSync:
     Attributes:
         endpoints: the fleet; None on ranks other than 0.
         tolerance: largest difference on the probe, nats.
-        directory: holds the newest versions as Hugging Face folders.
+        directory: holds the newest versions as Hugging Face folders when they travel by disk.
         probe_ids: int32 ``[n]``, the token ids that engine and trainer both score.
     """
 
@@ -56,12 +62,42 @@ class WeightSync:
             the largest difference between trainer's and engines' log-probs of the probe, nats.
 
         Raises:
+            WeightUpdateError: an engine did not take the weights; all engines stay paused.
             WeightMismatchError: that difference exceeds the tolerance.
         """
-        folder = self.directory / _folder_name(version)
-        self.student.export_hf(folder)
         ours = self._trainer_logprobs()
-        return on_rank_zero(lambda: self._update_engines(folder, version, ours), self.group)
+        if self.serving.weight_sync == "tensor":
+            return self._publish_tensors(version, ours)
+        return self._publish_folder(version, ours)
+
+    def _publish_folder(self, version: int, ours: NDArray[np.float32] | None) -> float:
+        folder = self.directory / _folder_name(version)
+        self.student.export_hf(folder, bucket_bytes=self._bucket_bytes)
+
+        def update() -> float:
+            difference = self._update_engines(DiskTransfer(folder), version, ours)
+            self._delete_other_versions(version)
+            return difference
+
+        return on_rank_zero(update, self.group)
+
+    def _publish_tensors(self, version: int, ours: NDArray[np.float32] | None) -> float:
+        buckets = self.student.hf_tensors(self._bucket_bytes)
+        if self.student.layout.rank != 0:
+            _consume(buckets)
+
+        def update() -> float:
+            try:
+                return self._update_engines(TensorTransfer(buckets), version, ours)
+            finally:
+                # Gathering is collective: when sending fails, the other ranks are still in it.
+                _consume(buckets)
+
+        return on_rank_zero(update, self.group)
+
+    @property
+    def _bucket_bytes(self) -> int:
+        return self.serving.weight_bucket_mb << 20
 
     def _trainer_logprobs(self) -> NDArray[np.float32] | None:
         mask = np.ones(len(self.probe_ids), np.bool_)
@@ -72,12 +108,12 @@ class WeightSync:
         return values[0] if values is not None else None
 
     def _update_engines(
-        self, folder: Path, version: int, ours: NDArray[np.float32] | None
+        self, transfer: WeightTransfer, version: int, ours: NDArray[np.float32] | None
     ) -> float:
         assert self.endpoints is not None
         assert ours is not None
         timeout = self.serving.request_timeout_seconds
-        update_from_disk(self.endpoints, "student", folder, version, timeout)
+        update_weights(self.endpoints, "student", transfer, version, timeout)
         theirs = probe_logprobs(self.endpoints, "student", self.probe_ids, timeout)
         difference = max(float(np.abs(engine[1:] - ours[1:]).max()) for engine in theirs)
         if not difference <= self.tolerance:
@@ -86,7 +122,6 @@ class WeightSync:
                 f"{difference:.3g} nats on the probe; serving.probe_tolerance allows "
                 f"{self.tolerance:g}"
             )
-        self._delete_other_versions(version)
         return difference
 
     def _delete_other_versions(self, version: int) -> None:
@@ -95,6 +130,11 @@ class WeightSync:
         for folder in self.directory.glob("version_*"):
             if folder.name not in kept:
                 shutil.rmtree(folder)
+
+
+def _consume(buckets: Iterator[NamedTensors]) -> None:
+    for _ in buckets:
+        pass
 
 
 def _folder_name(version: int) -> str:

@@ -6,11 +6,14 @@ to them.
 """
 
 from sod_mcore.serving.client import EngineClient, EngineError, Generation, SamplingSettings
+from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints, read_endpoints
 from sod_mcore.serving.scoring import Scores, ScoringError, score
-from sod_mcore.serving.weights import WeightUpdateError, probe_logprobs, update_from_disk
+from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError
+from sod_mcore.serving.weights import probe_logprobs, update_weights
 
 __all__ = [
+    "DiskTransfer",
     "Endpoints",
     "EngineClient",
     "EngineError",
@@ -19,9 +22,10 @@ __all__ = [
     "SamplingSettings",
     "Scores",
     "ScoringError",
+    "WeightTransfer",
     "WeightUpdateError",
     "probe_logprobs",
     "read_endpoints",
     "score",
-    "update_from_disk",
+    "update_weights",
 ]

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -26,6 +26,9 @@ from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
 TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 """Token ids ``[T]``."""
 
+Body = bytes | AsyncIterator[bytes] | None
+"""What a request carries."""
+
 RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
 CONNECT_SECONDS = 10.0
 ABORT_SECONDS = 5.0
@@ -34,11 +37,16 @@ INITIAL_VERSION = "default"
 
 
 class EngineError(Exception):
-    """An engine refused a request (then ``retryable`` is False) or did not answer in time."""
+    """An engine refused a request (then ``retryable`` is False) or did not answer in time.
 
-    def __init__(self, message: str, *, retryable: bool) -> None:
+    Attributes:
+        status: HTTP status of the answer; None if there was no answer, or a wrong one.
+    """
+
+    def __init__(self, message: str, *, retryable: bool, status: int | None = None) -> None:
         super().__init__(message)
         self.retryable = retryable
+        self.status = status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +115,8 @@ class EngineClient:
         first_backoff_seconds: wait after the first failure; it doubles from try to try up to
             ``longest_backoff_seconds``, and a random half of it is left out so that clients do not
             come back in step.
+        keep_alive: use connections again. A caller that keeps the event loop from running for
+            seconds must not: it would not notice that the server has closed them.
     """
 
     def __init__(
@@ -118,18 +128,20 @@ class EngineClient:
         attempts: int = 5,
         first_backoff_seconds: float = 0.25,
         longest_backoff_seconds: float = 8.0,
+        keep_alive: bool = True,
     ) -> None:
         self.endpoints = endpoints
         self._request_timeout_seconds = request_timeout_seconds
         self._attempts = attempts
         self._first_backoff_seconds = first_backoff_seconds
         self._longest_backoff_seconds = longest_backoff_seconds
+        self._keep_alive = keep_alive
         self._slots = {name: asyncio.Semaphore(max_connections) for name in endpoints.models}
         self._open_session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineClient:
         self._open_session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, force_close=not self._keep_alive),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
         )
         return self
@@ -227,7 +239,15 @@ class EngineClient:
         """
         return await self._once("POST", url, orjson.dumps(body))
 
-    async def _once(self, method: str, url: str, body: bytes | None) -> dict[str, Any]:
+    async def post_stream(self, url: str, body: AsyncIterator[bytes]) -> dict[str, Any]:
+        """POST a JSON document whose pieces are made while it is sent (one try).
+
+        Raises:
+            EngineError: the server did not answer with 200 and JSON.
+        """
+        return await self._once("POST", url, body)
+
+    async def _once(self, method: str, url: str, body: Body) -> dict[str, Any]:
         try:
             async with asyncio.timeout(self._request_timeout_seconds):
                 return await self._request(method, url, body)
@@ -242,7 +262,7 @@ class EngineClient:
     async def _post(self, url: str, body: bytes) -> dict[str, Any]:
         return await self._request("POST", url, body)
 
-    async def _request(self, method: str, url: str, body: bytes | None) -> dict[str, Any]:
+    async def _request(self, method: str, url: str, body: Body) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         try:
             async with self._session.request(method, url, data=body, headers=headers) as response:
@@ -255,6 +275,7 @@ class EngineClient:
             raise EngineError(
                 f"{url} answered {response.status}: {text}",
                 retryable=response.status in RETRIED_STATUSES,
+                status=response.status,
             )
         if not content:
             return {}

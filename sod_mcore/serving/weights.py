@@ -2,65 +2,61 @@
 
 Called by the trainer, which is synchronous. Weights go to each engine directly: a router would
 reach only one of them. Only the student's engines may be addressed; the teacher never changes.
+How the numbers travel is a :class:`WeightTransfer`: ``disk_transfer``, ``tensor_transfer``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from sod_mcore.serving.client import EngineClient, EngineError, TokenIds, parse_weight_version
 from sod_mcore.serving.fleet import Endpoints
 from sod_mcore.serving.scoring import score
+from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError, post_to_all
 
 TRAINED_MODEL = "student"
 
 
-class WeightUpdateError(Exception):
-    """An engine does not have the new weights; nothing may be generated until it has."""
-
-
-def update_from_disk(
+def update_weights(
     endpoints: Endpoints,
     model: str,
-    folder: Path,
+    transfer: WeightTransfer,
     version: int,
     timeout: float,
     *,
     running_requests: Literal["continue", "abort"] = "continue",
 ) -> None:
-    """Make every engine of ``model`` load ``folder``, and confirm the version that each reports.
+    """Bring new weights to every engine of ``model``, and confirm the version that each reports.
 
     Generation stands still meanwhile, and the prefix cache, which holds the old weights' keys and
-    values, is emptied. When an engine fails, all of them stay paused: a second call may mend that.
+    values, is emptied. When an engine fails, all of them stay paused, for some may hold weights of
+    both versions: a second call may mend that.
 
     Args:
         endpoints: the fleet.
         model: must be "student".
-        folder: Hugging Face folder that the engines can read, of the same architecture.
+        transfer: the way, with the weights.
         version: number of the weights, which each later answer carries.
-        timeout: longest wait in seconds for all engines together.
+        timeout: longest wait in seconds for one answer of an engine.
         running_requests: "continue" computes their prefix anew with the new weights and goes on;
             the answer says which version sampled which token. "abort" ends them.
 
     Raises:
         ValueError: ``model`` is not the student, or ``version`` is negative.
-        WeightUpdateError: the folder is damaged, or an engine refused, did not answer in time, or
-            reports another version.
+        WeightUpdateError: the weights are damaged or do not fit, or an engine refused, did not
+            answer in time, or reports another version.
     """
     _require_student(model)
     if version < 0:
         raise ValueError(f"version is {version}; versions count from 0")
-    _check_folder(folder)
+    transfer.check(endpoints.model(model))
     mode = "retract" if running_requests == "continue" else "abort"
-    asyncio.run(_update_all(endpoints, model, folder.resolve(), version, timeout, mode))
+    asyncio.run(_update_all(endpoints, model, transfer, version, timeout, mode))
 
 
 def weight_versions(endpoints: Endpoints, model: str, timeout: float) -> tuple[int, ...]:
@@ -104,35 +100,24 @@ def probe_logprobs(
 
 
 async def _update_all(
-    endpoints: Endpoints, model: str, folder: Path, version: int, timeout: float, mode: str
+    endpoints: Endpoints,
+    model: str,
+    transfer: WeightTransfer,
+    version: int,
+    timeout: float,
+    mode: str,
 ) -> None:
-    urls = endpoints.model(model).engines
+    served = endpoints.model(model)
     async with _client(endpoints, timeout) as client:
         try:
-            async with asyncio.timeout(timeout):
-                # All are paused before any is changed, so that no request meets mixed replicas.
-                await _to_all(client, urls, "pause_generation", {"mode": mode})
-                request = {
-                    "model_path": str(folder),
-                    "weight_version": str(version),
-                    "flush_cache": True,
-                }
-                await _to_all(client, urls, "update_weights_from_disk", request)
-                for url in urls:
-                    await _confirm(client, url, version)
-                await _to_all(client, urls, "continue_generation", {})
-        except TimeoutError as error:
-            raise WeightUpdateError(
-                f"{model}: the engines did not load {folder} within {timeout:g} s"
-            ) from error
-        except EngineError as error:
+            # All are paused before any is changed, so that no request meets mixed replicas.
+            await post_to_all(client, served.engines, "pause_generation", {"mode": mode})
+            await transfer.send(client, served, version)
+            for url in served.engines:
+                await _confirm(client, url, version)
+            await post_to_all(client, served.engines, "continue_generation", {})
+        except (EngineError, WeightUpdateError) as error:
             raise WeightUpdateError(f"{model}: version {version} not loaded: {error}") from error
-
-
-async def _to_all(
-    client: EngineClient, urls: Sequence[str], endpoint: str, request: dict[str, object]
-) -> None:
-    await asyncio.gather(*(client.post(f"{url}/{endpoint}", request) for url in urls))
 
 
 async def _confirm(client: EngineClient, url: str, version: int) -> None:
@@ -147,21 +132,8 @@ async def _reported_version(client: EngineClient, url: str) -> int:
     return parse_weight_version((await client.get(f"{url}/model_info"))["weight_version"])
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse what SGLang 0.5.23 would die of: a weight file that is cut off ends the engine."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not files:
-        raise WeightUpdateError(f"{folder} lacks config.json or *.safetensors; export it again")
-    for file in files:
-        try:
-            with safe_open(file, framework="np"):  # reads the header, which holds the file's size
-                pass
-        except SafetensorError as error:
-            raise WeightUpdateError(f"{file} is damaged ({error}); export it again") from error
-
-
 def _client(endpoints: Endpoints, timeout: float) -> EngineClient:
-    return EngineClient(endpoints, request_timeout_seconds=timeout)
+    return EngineClient(endpoints, request_timeout_seconds=timeout, keep_alive=False)
 
 
 def _require_student(model: str) -> None:

@@ -167,9 +167,20 @@ class Student:
         self._wait_for_parameters()
         return iterate_hf_tensors(unwrap(self.model), self.architecture, self.layout, bucket_bytes)
 
-    def export_hf(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write a Hugging Face folder; complete on return, on every rank."""
-        buckets = self.hf_tensors(EXPORT_BUCKET_BYTES)
+    def export_hf(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        bucket_bytes: int = EXPORT_BUCKET_BYTES,
+    ) -> None:
+        """Write a Hugging Face folder; complete on return, on every rank.
+
+        Args:
+            dtype: of the weights on disk; None keeps the model's.
+            bucket_bytes: size of each file, and of what rank 0 gathers at a time.
+        """
+        buckets = self.hf_tensors(bucket_bytes)
         if self.layout.rank == 0:
             save_hf_folder(buckets, self.source_folder, folder, dtype=dtype)
         else:

@@ -16,8 +16,10 @@ import pytest
 
 from sod_mcore.serving import weights
 from sod_mcore.serving.client import EngineClient, EngineError, Generation, SamplingSettings
+from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import Endpoints
 from sod_mcore.serving.scoring import Scores, score
+from sod_mcore.serving.weight_transfer import WeightUpdateError
 from tests.serving.conftest import LiveFleet
 from tests.serving.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, random_ids, reference_logprobs
 
@@ -32,6 +34,10 @@ def generate(endpoints: Endpoints, ids: list[int], **sampling: object) -> Genera
             return await client.generate("student", ids, settings, rid="test")
 
     return asyncio.run(run())
+
+
+def update_from_disk(endpoints: Endpoints, folder: Path, version: int) -> None:
+    weights.update_weights(endpoints, "student", DiskTransfer(folder), version, TIMEOUT)
 
 
 def score_once(
@@ -169,10 +175,10 @@ def test_new_weights_reach_every_engine(live_fleet: LiveFleet) -> None:
         assert weights.weight_versions(endpoints, "student", TIMEOUT) == (version, version)
         assert generate(endpoints, ids).weight_version == version
 
-    weights.update_from_disk(endpoints, "student", live_fleet.other_student, 7, TIMEOUT)
+    update_from_disk(endpoints, live_fleet.other_student, 7)
     check(live_fleet.other_student, 7)
     assert weights.weight_versions(endpoints, "teacher", TIMEOUT) == (0,)
-    weights.update_from_disk(endpoints, "student", live_fleet.student, 8, TIMEOUT)
+    update_from_disk(endpoints, live_fleet.student, 8)
     check(live_fleet.student, 8)
 
 
@@ -185,14 +191,11 @@ def test_new_weights_in_the_middle_of_a_request(live_fleet: LiveFleet) -> None:
         async with EngineClient(endpoints) as client:
             request = asyncio.create_task(client.generate("student", ids, sampling, rid="middle"))
             await asyncio.sleep(0.3)
-            await asyncio.to_thread(
-                weights.update_from_disk,
-                *(endpoints, "student", live_fleet.other_student, 9, TIMEOUT),
-            )
+            await asyncio.to_thread(update_from_disk, endpoints, live_fleet.other_student, 9)
             return await request
 
     generation = asyncio.run(run())
-    weights.update_from_disk(endpoints, "student", live_fleet.student, 10, TIMEOUT)
+    update_from_disk(endpoints, live_fleet.student, 10)
     assert len(generation.token_ids) == 400
     assert len(set(generation.weight_versions.tolist())) == 2
     assert generation.weight_versions[-1] == 9
@@ -213,15 +216,15 @@ def test_damaged_weights_never_reach_an_engine(live_fleet: LiveFleet, tmp_path: 
     damaged = shutil.copytree(live_fleet.other_student, tmp_path / "damaged")
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(weights.WeightUpdateError, match=r"model\.safetensors is damaged"):
-        weights.update_from_disk(endpoints, "student", damaged, 11, TIMEOUT)
+    with pytest.raises(WeightUpdateError, match=r"model\.safetensors is damaged"):
+        update_from_disk(endpoints, damaged, 11)
     assert generate(endpoints, random_ids(5, seed=1)).weight_version != 11
 
 
 def test_only_the_student_changes(live_fleet: LiveFleet) -> None:
     with pytest.raises(ValueError, match="only the weights of 'student'"):
-        weights.update_from_disk(
-            live_fleet.endpoints, "teacher", live_fleet.other_student, 1, TIMEOUT
+        weights.update_weights(
+            live_fleet.endpoints, "teacher", DiskTransfer(live_fleet.other_student), 1, TIMEOUT
         )
 
 

@@ -13,8 +13,10 @@ import pytest
 from aiohttp import web
 from safetensors.numpy import save_file
 
+from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
-from sod_mcore.serving.weights import WeightUpdateError, update_from_disk, weight_versions
+from sod_mcore.serving.weight_transfer import WeightUpdateError
+from sod_mcore.serving.weights import update_weights, weight_versions
 
 
 class ScriptedEngines:
@@ -104,7 +106,7 @@ def folder(tmp_path: Path) -> Path:
 def test_all_stand_still_before_any_is_changed(folder: Path) -> None:
     with running_engines() as engines:
         assert weight_versions(engines.endpoints, "student", 10) == (0, 0)
-        update_from_disk(engines.endpoints, "student", folder, 5, 10)
+        update_weights(engines.endpoints, "student", DiskTransfer(folder), 5, 10)
         assert weight_versions(engines.endpoints, "student", 10) == (5, 5)
     calls = [call for _, call in engines.calls]
     assert calls == ["pause"] * 2 + ["update"] * 2 + ["continue"] * 2
@@ -114,7 +116,9 @@ def test_all_stand_still_before_any_is_changed(folder: Path) -> None:
 
 def test_running_requests_can_be_ended(folder: Path) -> None:
     with running_engines() as engines:
-        update_from_disk(engines.endpoints, "student", folder, 5, 10, running_requests="abort")
+        update_weights(
+            engines.endpoints, "student", DiskTransfer(folder), 5, 10, running_requests="abort"
+        )
     assert engines.mode == "abort"
 
 
@@ -122,10 +126,10 @@ def test_an_engine_that_refuses_leaves_all_paused(folder: Path) -> None:
     with running_engines() as engines:
         engines.refusing = 1
         with pytest.raises(WeightUpdateError, match=r"version 5 not loaded: .* 400: .*shapes"):
-            update_from_disk(engines.endpoints, "student", folder, 5, 10)
+            update_weights(engines.endpoints, "student", DiskTransfer(folder), 5, 10)
         assert "continue" not in [call for _, call in engines.calls]
         engines.refusing = None
-        update_from_disk(engines.endpoints, "student", folder, 5, 10)
+        update_weights(engines.endpoints, "student", DiskTransfer(folder), 5, 10)
         assert [call for _, call in engines.calls][-2:] == ["continue"] * 2
 
 
@@ -133,7 +137,7 @@ def test_an_engine_that_reports_another_version(folder: Path) -> None:
     with running_engines() as engines:
         engines.forgetful = 1
         with pytest.raises(WeightUpdateError, match="took weight version 5 but reports version 0"):
-            update_from_disk(engines.endpoints, "student", folder, 5, 10)
+            update_weights(engines.endpoints, "student", DiskTransfer(folder), 5, 10)
         assert "continue" not in [call for _, call in engines.calls]
 
 
@@ -141,10 +145,10 @@ def test_an_engine_that_reports_another_version(folder: Path) -> None:
 def test_an_incomplete_folder_is_not_sent(folder: Path, missing: str) -> None:
     (folder / missing).unlink()
     with running_engines() as engines, pytest.raises(WeightUpdateError, match="lacks config"):
-        update_from_disk(engines.endpoints, "student", folder, 5, 10)
+        update_weights(engines.endpoints, "student", DiskTransfer(folder), 5, 10)
     assert not engines.calls
 
 
 def test_a_negative_version(folder: Path) -> None:
     with running_engines() as engines, pytest.raises(ValueError, match="version is -1"):
-        update_from_disk(engines.endpoints, "student", folder, -1, 10)
+        update_weights(engines.endpoints, "student", DiskTransfer(folder), -1, 10)
