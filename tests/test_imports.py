@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "config": set(),
     "config_file": set(),
     "config_help": set(),
+    "convert": {"student"},
     "data": {"chat"},
     "evaluation": {"rollout", "rewards", "data"},
     "files": set(),

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from sod_mcore.config import ConfigError
+
 Value = TypeVar("Value")
 
 
@@ -89,6 +91,26 @@ def gather_to_rank0(
 def wait_for_all(group: dist.ProcessGroup) -> None:
     """Return when every rank is here; a barrier that leaves the device alone."""
     dist.all_reduce(torch.zeros(1), group=group)
+
+
+def agree_on_problem(problem: str | None) -> None:
+    """End every rank in the same way when one of them has found a fault; collective over all ranks.
+
+    Raises:
+        ConfigError: ``problem`` of the first rank that has one.
+    """
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    first = next((text for text in problems if text is not None), None)
+    if first is not None:
+        raise ConfigError(first)
+
+
+def gather_objects(value: Value, group: dist.ProcessGroup) -> list[Value]:
+    """The small picklable ``value`` of every rank of the group, in rank order, on all of them."""
+    gathered: list[Value | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered  # type: ignore[return-value]
 
 
 def sum_over_ranks(values: dict[str, float], group: dist.ProcessGroup) -> dict[str, float]:
