@@ -12,12 +12,13 @@ student's engine.
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 from sod_mcore.algorithm.signals import compute_signals
 from sod_mcore.config import SodConfig
-from sod_mcore.loop.command_line import fail_once, read_command_line
+from sod_mcore.loop.command_line import read_command_line
+from sod_mcore.loop.ending import ending_in_order
 from sod_mcore.loop.preflight import check_before_launch
 from sod_mcore.loop.session import Session, open_session
 from sod_mcore.loop.training_examples import make_objective, plan_step, training_examples
@@ -26,11 +27,12 @@ from sod_mcore.loop.training_examples import make_objective, plan_step, training
 def main() -> None:
     """Train until the configured number of steps, a signal or the stop file."""
     config = read_command_line(SodConfig, __doc__, sys.argv[1:], shortcuts=True)
-    problem = check_before_launch(config)
-    if problem is not None:
-        fail_once(problem)
-    with ExitStack() as stack:
-        train(open_session(config, stack))
+    with ending_in_order(Path(config.run.directory)) as ending:
+        check_before_launch(config)
+        session = open_session(config, ending)
+        with session.until_stopped():
+            train(session)
+        session.finish()
 
 
 def train(session: Session) -> None:
@@ -42,8 +44,6 @@ def train(session: Session) -> None:
     for step in range(session.first_step, config.run.steps):
         # 1. The student plays: trajectories with tool outputs, rewards and teacher log-probs.
         batch = session.collect_trajectories(step)
-        if batch is None:
-            break
         plan = plan_step(batch.trajectories, config, step, student.layout.data_parallel_size)
 
         # 2. Its log-probs before the update give d_k, w_k and the token advantages, all constant.
@@ -66,9 +66,7 @@ def train(session: Session) -> None:
         # 4. The new weights reach the student's engines before it plays again.
         session.publish_weights(step + 1)
         session.report(step, batch, signals, updates)
-        if session.end_step(step + 1):
-            break
-    session.finish()
+        session.end_step(step + 1)
 
 
 if __name__ == "__main__":

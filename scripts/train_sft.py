@@ -13,17 +13,16 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import ConfigError, SftConfig
 from sod_mcore.data.order import EpochOrder
-from sod_mcore.data.parquet import DataError
 from sod_mcore.data.plan import make_plan
 from sod_mcore.data.sft import read_conversations, tokenize_conversations
-from sod_mcore.loop.command_line import fail_once, read_command_line
+from sod_mcore.loop.command_line import read_command_line
+from sod_mcore.loop.ending import Ending, ending_in_order
 from sod_mcore.loop.rank_zero import on_rank_zero
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.report.metrics import MetricsLog, require_wandb
@@ -34,12 +33,13 @@ from sod_mcore.student.parallel_state import distributed
 from sod_mcore.student.student import Student, UpdateResult
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+STOP_GRACE_SECONDS = 20.0
 
 
 def main() -> None:
     """Train, then write the Hugging Face folder."""
     config = read_command_line(SftConfig, __doc__, sys.argv[1:])
-    try:
+    with ending_in_order(Path(config.sft.directory)) as ending:
         sizes = check_layout(
             config.student,
             int(os.environ.get("WORLD_SIZE", "1")),
@@ -47,11 +47,7 @@ def main() -> None:
             ddp=config.ddp,
         )
         require_wandb(config.report)
-        examples = load_examples(config)
-    except (ConfigError, DataError) as error:
-        fail_once(str(error))
-    with ExitStack() as stack:
-        train(config, sizes, examples, stack)
+        train(config, sizes, load_examples(config), ending)
 
 
 def load_examples(config: SftConfig) -> list[TrainingExample]:
@@ -73,14 +69,15 @@ def train(
     config: SftConfig,
     sizes: ParallelSizes,
     examples: Sequence[TrainingExample],
-    stack: ExitStack,
+    ending: Ending,
 ) -> None:
     """The loop: draw a batch, update, until the updates or the time are used up."""
+    stack = ending.stack
     stack.enter_context(distributed(sizes, seed=config.sft.seed, timeout=COLLECTIVE_TIMEOUT))
     student, first_update = open_student(config)
     group = student.layout.world_group
     directory = Path(config.sft.directory)
-    stop = StopRequest(directory / "stop")
+    stop = StopRequest(directory / "stop", STOP_GRACE_SECONDS, ending.record_failure)
     log = bar = None
     if student.layout.rank == 0:
         log = stack.enter_context(_open_log(config, directory, first_update))
@@ -94,6 +91,7 @@ def train(
     while update < config.sft.updates:
         result = student.train_sft_mini_batch(draw_batch(config, examples, student, update))
         update += 1
+        ending.completed_steps = update
         if log is not None and bar is not None:
             log.log(update, update_metrics(result))
             bar.advance_to(update, loss=result.loss)
@@ -102,13 +100,18 @@ def train(
         )
         if reason is not None and reason != "sft.max_seconds":
             save(student, config, update)
-            raise SystemExit(f"stopped after {update} updates because of {reason}")
+            if bar is not None:
+                print(f"stopped after {update} updates because of {reason}", file=sys.stderr)
+            ending.succeed("stopped", reason)
+            stop.clear()
+            return
         if reason is not None:
             break
         if config.sft.save_every and update % config.sft.save_every == 0:
             save(student, config, update)
     save(student, config, update)
     student.export_hf(config.sft.export)
+    ending.succeed("finished", "all updates are done, or the time is up")
 
 
 def open_student(config: SftConfig) -> tuple[Student, int]:

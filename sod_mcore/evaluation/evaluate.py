@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sod_mcore.config import EvaluationConfig, RolloutConfig
@@ -57,6 +57,7 @@ def evaluate_temperature(
     rollout: RolloutConfig,
     *,
     tools_enabled: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> EvaluationResult:
     """Sample and check every prompt at one temperature.
 
@@ -64,6 +65,7 @@ def evaluate_temperature(
 
     Raises:
         RolloutError: the pool failed, missed ``rollout.deadline_seconds`` or dropped too much.
+        RolloutInterruptedError: ``should_stop`` became true first.
     """
     request = RolloutRequest(
         prompts=tuple(prompts),
@@ -73,7 +75,7 @@ def evaluate_temperature(
         tools_enabled=tools_enabled,
     )
     pool.submit(request)
-    batch = pool.collect(rollout.deadline_seconds)
+    batch = pool.collect(rollout.deadline_seconds, should_stop=should_stop)
     check_losses(batch, request, rollout)
     return summarise(batch.trajectories, temperature, batch.num_dropped)
 

@@ -32,8 +32,12 @@ from sod_mcore.trajectory import Prompt
 REACHABLE_TIMEOUT_SECONDS = 10.0
 
 
-def check_before_launch(config: SodConfig) -> str | None:
-    """Return what is wrong with the run as one line, or None."""
+def check_before_launch(config: SodConfig) -> None:
+    """Find what is wrong with the run.
+
+    Raises:
+        ConfigError: one line, whatever it is.
+    """
     try:
         check_layout(
             config.student,
@@ -48,12 +52,8 @@ def check_before_launch(config: SodConfig) -> str | None:
             check_data(config)
             check_engines(config)
             check_prompt_lengths(config)
-    except (
-        *(ConfigError, DataError, OverlapError),
-        *(EngineError, FleetError, WeightUpdateError),
-    ) as error:
-        return str(error)
-    return None
+    except (DataError, EngineError, FleetError, OverlapError, WeightUpdateError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_settings(config: SodConfig) -> None:

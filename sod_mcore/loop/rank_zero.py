@@ -8,6 +8,7 @@ ends all of them at once instead of leaving them to time out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -21,8 +22,13 @@ class RankZeroError(RuntimeError):
     """Global rank 0 failed; its own output tells why."""
 
 
-def on_rank_zero(work: Callable[[], Result], group: dist.ProcessGroup) -> Result:
+def on_rank_zero(
+    work: Callable[[], Result], group: dist.ProcessGroup, timeout: timedelta | None = None
+) -> Result:
     """Run ``work`` on global rank 0 and return its result on every rank of ``group``.
+
+    Args:
+        timeout: longest time that ``work`` may take; None leaves it that of a collective.
 
     Raises:
         RankZeroError: on the other ranks, when ``work`` raised on rank 0 (which re-raises).
@@ -35,7 +41,7 @@ def on_rank_zero(work: Callable[[], Result], group: dist.ProcessGroup) -> Result
         except Exception as error:
             failure = error
             outcome = (None, f"{type(error).__name__}: {error}")
-    result, message = broadcast_from_rank0(outcome, group)
+    result, message = broadcast_from_rank0(outcome, group, timeout)
     if failure is not None:
         raise failure
     if message is not None:

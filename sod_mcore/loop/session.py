@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,15 +23,16 @@ from sod_mcore.config import SodConfig
 from sod_mcore.data.plan import Plan
 from sod_mcore.data.prompts import PromptSource, read_prompts
 from sod_mcore.evaluation.evaluate import evaluate_temperature
+from sod_mcore.loop.ending import Ending
 from sod_mcore.loop.rank_zero import on_rank_zero
 from sod_mcore.loop.reporting import Reporter
-from sod_mcore.loop.stop import StopRequest
+from sod_mcore.loop.stop import StopRequest, StopRequested
 from sod_mcore.loop.training_examples import first_epoch, indices_in_order, scoring_examples
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource, TrajectorySource
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
-from sod_mcore.outcome import Outcome, clear_outcome, write_outcome
 from sod_mcore.rollout.pool import PoolSettings, RolloutInterruptedError, RolloutPool
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
+from sod_mcore.student.exchange import gather_objects
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed
 from sod_mcore.student.student import Student, UpdateResult
@@ -40,7 +41,7 @@ from sod_mcore.trajectory import Prompt, RecordedBatch
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
-COLLECTIVE_MARGIN_SECONDS = 300.0
+ROLLOUT_MARGIN = timedelta(minutes=5)
 """Beyond the rollout's deadline, so that the deadline's own message is what the user sees."""
 
 
@@ -58,6 +59,7 @@ class Session:
         evaluation_prompts: Sequence[Prompt],
         reporter: Reporter | None,
         stop: StopRequest,
+        ending: Ending,
     ) -> None:
         self.config = config
         self.student = student
@@ -68,42 +70,62 @@ class Session:
         self._evaluation_prompts = tuple(evaluation_prompts)
         self._reporter = reporter
         self._stop = stop
-        self._completed_steps = first_step
-        self._saved_steps = first_step
+        self._stop_reason: str | None = None
+        self._ending = ending
+        self._saved_steps = self._completed_steps = first_step
+        self._is_evaluation_missing = False
+        self._rollout_timeout = timedelta(seconds=config.rollout.deadline_seconds) + ROLLOUT_MARGIN
 
-    def on_rank_zero(self, work: Callable[[], Result]) -> Result:
+    def on_rank_zero(self, work: Callable[[], Result], timeout: timedelta | None = None) -> Result:
         """Do ``work`` on global rank 0; its result, or its failure, reaches every rank."""
-        return on_rank_zero(work, self.student.layout.world_group)
+        return on_rank_zero(work, self.student.layout.world_group, timeout)
+
+    @contextmanager
+    def until_stopped(self) -> Iterator[None]:
+        """Run the loop; where all ranks agree to stop, it is left and goes on behind this block."""
+        with suppress(StopRequested):
+            yield
 
     def begin(self) -> None:
-        """Give the engines the weights to start from; evaluate them if they are the first."""
-        self.publish_weights(self.first_step)
-        if self.first_step == 0:
-            self.evaluate(0)
-            if self._reporter is not None:
-                self._reporter.end_line(0)
+        """Give the engines the weights to start from; evaluate them if they are first or last.
 
-    def collect_trajectories(self, step: int) -> RecordedBatch | None:
+        The last ones are there already when a run was stopped in their evaluation.
+        """
+        self.publish_weights(self.first_step)
+        if self.first_step in (0, self.config.run.steps):
+            self.evaluate(self.first_step)
+            self._leave_if_stopped()
+            if self._reporter is not None:
+                self._reporter.end_line(self.first_step)
+
+    def collect_trajectories(self, step: int) -> RecordedBatch:
         """The scored trajectories of a step, from the pool or from a recorded batch.
 
-        None if the run was asked to stop meanwhile: the unfinished batch is given up.
+        Raises:
+            StopRequested: the run was asked to stop meanwhile; the unfinished batch is given up.
         """
+        source = self._source
 
         def collect() -> RecordedBatch | None:
-            assert self._source is not None
-            try:
-                return self._source.batch(step, weight_version=step)
-            except RolloutInterruptedError:
-                return None
+            assert source is not None
+            with suppress(RolloutInterruptedError):
+                return source.batch(step, weight_version=step)
+            return None
 
         with self._timed("rollout"):
-            return self.on_rank_zero(collect)
+            batch = self.on_rank_zero(collect, self._rollout_timeout)
+        self._leave_if_stopped()
+        assert batch is not None
+        return batch
 
     def old_logprobs(self, batch: RecordedBatch, plan: Plan) -> list[NDArray[np.float32]]:
         """The student's log-probs at the start of the step; meaningful on rank 0 only.
 
         Float32 ``[T]`` for each trajectory, NaN outside the mask: recomputed by the trainer over
         the packs of the first epoch, or the rollout engine's own (``algorithm.old_logprobs``).
+
+        Raises:
+            StopRequested: the run was asked to stop meanwhile.
         """
         if self.config.algorithm.old_logprobs == "rollout":
             return [t.rollout_logprobs for t in batch.trajectories]
@@ -112,6 +134,7 @@ class Session:
                 np.full(len(t), np.nan, np.float32) for t in batch.trajectories
             ]
             for mini_batch in first_epoch(plan, self.config.algorithm.epochs):
+                self._leave_if_stopped()
                 examples = scoring_examples(
                     batch.trajectories, mini_batch, self.student.layout.data_parallel_rank
                 )
@@ -123,8 +146,11 @@ class Session:
             return values
 
     def publish_weights(self, version: int) -> None:
-        """Send the current weights to the student's engines; nothing to do when replaying."""
-        if self._weights is None:
+        """Send the current weights to the student's engines, if they will play again.
+
+        Nothing to do when replaying; nor when stopping, so that a fault there costs no step.
+        """
+        if self._weights is None or self._agree_to_stop() is not None:
             return
         with self._timed("weight_sync"):
             difference = self._weights.publish(version)
@@ -134,6 +160,7 @@ class Session:
         """Solve the evaluation problems with the published weights; nothing when replaying.
 
         All prompts before the first and after the last step, ``evaluation.max_prompts`` between.
+        Given up without a result when the run is asked to stop.
         """
         if self._weights is None or self.config.evaluation.data is None:
             return
@@ -143,22 +170,28 @@ class Session:
 
         def evaluate_at(temperature: float) -> dict[str, float]:
             assert self._pool is not None
-            result = evaluate_temperature(
-                self._pool,
-                self._evaluation_prompts[:count],
-                temperature,
-                self.config.evaluation,
-                self.config.rollout,
-                tools_enabled=self.config.tools.enabled,
-            )
-            return result.metrics()
+            with suppress(RolloutInterruptedError):
+                result = evaluate_temperature(
+                    self._pool,
+                    self._evaluation_prompts[:count],
+                    temperature,
+                    self.config.evaluation,
+                    self.config.rollout,
+                    tools_enabled=self.config.tools.enabled,
+                    should_stop=lambda: self._stop.reason is not None,
+                )
+                return result.metrics()
+            return {}
 
         metrics: dict[str, float] = {}
         with self._timed("evaluation"):
             # One at a time: each has the rollout's deadline, and so has the wait of the others.
             for temperature in self.config.evaluation.temperatures:
-                metrics |= self.on_rank_zero(partial(evaluate_at, temperature))
-        if self._reporter is not None:
+                if self._agree_to_stop() is None:
+                    work = partial(evaluate_at, temperature)
+                    metrics |= self.on_rank_zero(work, self._rollout_timeout)
+        self._is_evaluation_missing = self._agree_to_stop() is not None
+        if self._reporter is not None and not self._is_evaluation_missing:
             self._reporter.evaluation(metrics)
 
     def report(
@@ -172,11 +205,15 @@ class Session:
         if self._reporter is not None:
             self._reporter.step(step, batch, signals, updates)
 
-    def end_step(self, completed_steps: int) -> bool:
-        """Evaluate and save where due; returns whether the run was asked to stop."""
-        self._completed_steps = completed_steps
+    def end_step(self, completed_steps: int) -> None:
+        """Save and evaluate where due.
+
+        Raises:
+            StopRequested: the run was asked to stop; all that is done is saved.
+        """
+        self._completed_steps = self._ending.completed_steps = completed_steps
         config, is_last = self.config, completed_steps == self.config.run.steps
-        should_stop = self.on_rank_zero(lambda: self._stop.reason is not None)
+        should_stop = self._agree_to_stop() is not None
         # Saved first: an evaluation that fails must not cost what was learned.
         if should_stop or is_last or _is_multiple(completed_steps, config.run.save_every):
             self.save_checkpoint()
@@ -184,23 +221,34 @@ class Session:
             self.evaluate(completed_steps)
         if self._reporter is not None:
             self._reporter.end_line(completed_steps)
-        return should_stop
+        self._leave_if_stopped()
 
     def finish(self) -> None:
         """Save what has not been saved, export finished weights, and say how the run ended."""
         if self._saved_steps != self._completed_steps:
             self.save_checkpoint()
-        if self.config.run.export is not None and self._completed_steps == self.config.run.steps:
+        is_done = self._completed_steps >= self.config.run.steps
+        if self.config.run.export is not None and is_done:
             self.student.export_hf(self.config.run.export)
+        is_finished = is_done and not self._is_evaluation_missing
+        if is_finished:
+            self._ending.succeed("finished", "all steps are done")
+        else:
+            self._ending.succeed("stopped", self._stop_reason or "asked to stop")
         if self._reporter is not None:
-            self._reporter.end(self._completed_steps, self.config.run.steps, self._stop.reason)
-            write_outcome(Path(self.config.run.directory), self._outcome())
+            self._reporter.end(self._completed_steps, self.config.run.steps, self._stop_reason)
             self._stop.clear()
 
-    def _outcome(self) -> Outcome:
-        if self._completed_steps >= self.config.run.steps:
-            return Outcome("finished", self._completed_steps, "all steps are done")
-        return Outcome("stopped", self._completed_steps, self._stop.reason or "asked to stop")
+    def _agree_to_stop(self) -> str | None:
+        """Why the run is to end, the same on every rank; once agreed it stays so. Collective."""
+        if self._stop_reason is None:
+            reasons = gather_objects(self._stop.reason, self.student.layout.world_group)
+            self._stop_reason = next((reason for reason in reasons if reason is not None), None)
+        return self._stop_reason
+
+    def _leave_if_stopped(self) -> None:
+        if self._agree_to_stop() is not None:
+            raise StopRequested
 
     def save_checkpoint(self) -> None:
         """Write everything that the next start needs to go on."""
@@ -232,23 +280,26 @@ class Session:
                 yield
 
 
-def open_session(config: SodConfig, stack: ExitStack) -> Session:
-    """Start the pool, torch.distributed and the student; ``stack`` closes them."""
-    directory = Path(config.run.directory)
-    stop = StopRequest(Path(config.run.stop_file or directory / "stop"))
+def open_session(config: SodConfig, ending: Ending) -> Session:
+    """Start the pool, torch.distributed and the student; they are closed when the program ends."""
+    directory, stack = Path(config.run.directory), ending.stack
     is_rank_zero = os.environ.get("RANK", "0") == "0"
-    if is_rank_zero:
-        clear_outcome(directory)
     is_live = config.run.replay is None
     endpoints = read_endpoints(config.serving_directory) if is_live and is_rank_zero else None
     pool = stack.enter_context(RolloutPool(pool_settings(config))) if endpoints else None
-    deadline = timedelta(seconds=config.rollout.deadline_seconds + COLLECTIVE_MARGIN_SECONDS)
+    timeout = timedelta(seconds=config.run.collective_timeout_seconds)
     sizes = check_layout(config.student, int(os.environ["WORLD_SIZE"]))
-    stack.enter_context(distributed(sizes, seed=config.run.seed, timeout=deadline))
+    stack.enter_context(distributed(sizes, seed=config.run.seed, timeout=timeout))
     student, first_step = _open_student(config)
+    ending.completed_steps = first_step
     reporter = None
     if is_rank_zero:
         reporter = stack.enter_context(Reporter.open(config, first_step))
+    stop = StopRequest(
+        Path(config.run.stop_file or directory / "stop"),
+        config.run.stop_grace_seconds,
+        on_overdue=ending.record_failure,
+    )
     return Session(
         config,
         student,
@@ -259,6 +310,7 @@ def open_session(config: SodConfig, stack: ExitStack) -> Session:
         _evaluation_prompts(config) if is_live and is_rank_zero else (),
         reporter,
         stop,
+        ending,
     )
 
 

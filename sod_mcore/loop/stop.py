@@ -1,24 +1,59 @@
-"""Ending a run early and in order: a signal or a file asks, all ranks agree at the same step."""
+"""Ending a run early and in order: a signal or a file asks, all ranks agree at the same place.
+
+Python runs a signal handler in the main thread between two bytecodes: never while that thread waits
+in a collective. So a thread of its own reads the signals. When the run has not ended within the
+grace period, because a step is longer or a rank is stuck, that thread shows where the process is
+and ends it, before torchrun or a scheduler kills it without a word.
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import select
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequested(Exception):
+    """Every rank has agreed to end the run here; nothing is wrong."""
 
 
 class StopRequest:
     """Notes SIGINT, SIGTERM and the stop file; a second signal ends the process at once.
 
-    Only global rank 0's answer counts: it is broadcast, so every rank stops after the same step.
+    Until one is made, signals have their default effect: there is nothing to save yet.
     """
 
-    def __init__(self, stop_file: Path) -> None:
+    def __init__(
+        self,
+        stop_file: Path,
+        grace_seconds: float,
+        on_overdue: Callable[[str], None] = lambda problem: None,
+    ) -> None:
+        """Begin to listen; from the main thread only, once in a process.
+
+        Args:
+            stop_file: asks for a stop as long as it exists; without a limit in time.
+            grace_seconds: time between a signal and the forced end of the process.
+            on_overdue: told why, just before a forced end.
+        """
         self._stop_file = stop_file
+        self._grace_seconds = grace_seconds
+        self._on_overdue = on_overdue
         self._signal_name: str | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        self._pipe, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, _leave_to_the_thread)
+        threading.Thread(target=self._listen, name="stop-signals", daemon=True).start()
 
     @property
     def reason(self) -> str | None:
@@ -33,9 +68,34 @@ class StopRequest:
         """Delete the stop file, so that the next start goes on."""
         self._stop_file.unlink(missing_ok=True)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal_name is not None:
-            print("second signal: ending at once", file=sys.stderr, flush=True)
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._signal_name = signal.Signals(number).name
+    def _listen(self) -> None:
+        first = self._next_signal(None)
+        assert first is not None
+        self._signal_name = signal.Signals(first).name
+        second = self._next_signal(self._grace_seconds)
+        if second is not None:
+            print("error: second signal: ended at once", file=sys.stderr, flush=True)
+            os._exit(128 + second)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        problem = (
+            f"{self._signal_name} came, and the run did not end within {self._grace_seconds:g} s "
+            "(the stacks above show where it was); it continues from its newest checkpoint"
+        )
+        self._on_overdue(problem)
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _next_signal(self, timeout_seconds: float | None) -> int | None:
+        """The next stop signal; None if none comes in time."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._pipe], [], [], left)[0]:
+                return None
+            number = os.read(self._pipe, 1)[0]
+            if number in STOP_SIGNALS:
+                return number
+
+
+def _leave_to_the_thread(number: int, frame: object) -> None:
+    """Python writes the number to the pipe before it calls a handler; there must be one."""

@@ -102,7 +102,7 @@ def initialize_parallel_state(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         context_parallel_size=sizes.context,
-        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )
     layout = current_layout()
     seed_everything(seed, layout)

@@ -1,0 +1,139 @@
+"""The end of a training program, however it comes: in order, within seconds, the cause said last.
+
+Around everything that a rank does after its settings are read. What was opened is closed; the cause
+is printed once, by the rank that met it; ``ended.json`` and torchrun's own report repeat it. Ranks
+that fail only because another one did say so in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from sod_mcore.loop.causes import Cause, cause_of
+from sod_mcore.outcome import Outcome, clear_outcome, read_outcome, write_outcome
+from sod_mcore.platform.parent_death import die_with_parent
+
+CLOSE_SECONDS = 15.0
+"""Longest time that closing may take after a failure; what hangs then ends with the process."""
+LAUNCHER_SECONDS = 5.0
+"""How long a rank that lost another one waits for torchrun, so that torchrun reports that one."""
+
+
+class Ending:
+    """What must be known, and closed, when the program ends.
+
+    Attributes:
+        stack: closes what was opened, in reverse order.
+        completed_steps: training steps done so far.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.stack = ExitStack()
+        self.completed_steps = 0
+        self._directory = directory
+        self._rank = int(os.environ.get("RANK", "0"))
+
+    def clear(self) -> None:
+        """Remove what an earlier start said about its end."""
+        if self._rank == 0:
+            clear_outcome(self._directory)
+
+    def succeed(self, outcome: Literal["finished", "stopped"], reason: str) -> None:
+        """Write how the run ended, on rank 0; everything that it names is on disk."""
+        if self._rank == 0:
+            write_outcome(self._directory, Outcome(outcome, self.completed_steps, reason))
+
+    def record_failure(self, reason: str, *, is_secondary: bool = False) -> None:
+        """Write why the run failed; a rank that failed because of another never overrules it."""
+        try:
+            if is_secondary and read_outcome(self._directory) is not None:
+                return
+            write_outcome(self._directory, Outcome("failed", self.completed_steps, reason))
+        except (OSError, ValueError) as error:
+            print(f"ended.json could not be written: {error}", file=sys.stderr, flush=True)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Record the cause, close everything, print the cause, end the process."""
+        cause = cause_of(error)
+        terminated = threading.Event()
+        signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
+        overdue = threading.Timer(CLOSE_SECONDS, self._leave, [error, cause])
+        overdue.daemon = True
+        overdue.start()
+        self.record_failure(cause.line, is_secondary=cause.is_secondary)
+        if not cause.is_secondary:
+            _tell_torchrun(error, cause)
+        try:
+            self.stack.close()
+        except Exception as second:
+            print(f"while closing: {cause_of(second).line}", file=sys.stderr, flush=True)
+        if cause.is_secondary:
+            terminated.wait(LAUNCHER_SECONDS)
+        self._leave(error, cause)
+
+    def _leave(self, error: Exception, cause: Cause) -> NoReturn:
+        """Print and end without Python's own clean-up, in which foreign threads may hang."""
+        if cause.is_secondary:
+            print(f"rank {self._rank} ends as well: {cause.line}", file=sys.stderr)
+        elif self._rank == 0 or not cause.is_everywhere:
+            if not cause.is_expected:
+                traceback.print_exception(error)
+            rank = f"rank {self._rank}: " if self._rank else ""
+            print(f"error: {rank}{cause.line}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(cause.exit_code)
+
+
+@contextmanager
+def ending_in_order(directory: Path) -> Iterator[Ending]:
+    """Run the body of a training program; an exception ends the process (:meth:`Ending.fail`).
+
+    Args:
+        directory: the run's folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
+    ending = Ending(directory)
+    try:
+        ending.clear()
+        yield ending
+        ending.stack.close()
+    except Exception as error:
+        ending.fail(error)
+    finally:
+        ending.stack.close()
+
+
+def _tell_torchrun(error: Exception, cause: Cause) -> None:
+    """Write the file from which torchrun's report takes the cause."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    text = "".join(traceback.format_exception(error))
+    report = {
+        "message": {
+            "message": cause.line,
+            "extraInfo": {
+                "py_callstack": f"error: {cause.line}" if cause.is_expected else text,
+                # torchrun compares whole seconds, and takes the first of equals, which may be a
+                # rank that only lost this one.
+                "timestamp": str(int(time.time()) - 1),
+            },
+        }
+    }
+    try:
+        Path(path).write_text(json.dumps(report))
+    except OSError as failure:
+        print(f"torchrun is not told the cause: {failure}", file=sys.stderr, flush=True)
