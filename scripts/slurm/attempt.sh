@@ -60,17 +60,20 @@ end_attempt() {
     exit "$outcome"
 }
 
-# Ends this shell where the job was requeued; returns where it was not.
+# Does not return where the job is requeued.
 requeue() {
     local again="the same sbatch command continues from what was saved"
     if [ "$WAS_WARNED" = no ]; then
         say "the run was stopped, but not by SLURM; not requeued: $again"
-    elif [ "$RESTARTS" -ge "$MAX_RESTARTS" ]; then
-        say "the run has saved, and was restarted $RESTARTS times (MAX_RESTARTS); not requeued: $again"
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        say "the run has saved; the job is requeued"
-        sleep 60 # SLURM ends this shell, which must not end the job by itself before
-    else
-        say "the run has saved, but SLURM refuses to requeue the job: $again"
+        return
     fi
+    if [ "$RESTARTS" -ge "$MAX_RESTARTS" ]; then
+        say "the run has saved, and was restarted $RESTARTS times (MAX_RESTARTS); not requeued: $again"
+        return
+    fi
+    say "the run has saved; requeueing the job"
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        sleep 60 # SLURM ends this shell; the job must not end by itself before
+    fi
+    say "SLURM refuses to requeue the job: $again"
 }

@@ -6,7 +6,9 @@
 # engines into a folder of this attempt, so that those of an earlier attempt cannot be mistaken for
 # them. Uses what the templates set.
 
-HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not `| head -n 1`, which ends scontrol with a SIGPIPE now and then, and with it the job.
+mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD_NODE=${NODES[0]}
 RENDEZVOUS_PORT=$((20000 + SLURM_JOB_ID % 10000))
 ENGINES=   # process of the engines' step
 ADDRESSES=() # settings that tell the routing process where the engines are
