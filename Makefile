@@ -8,10 +8,10 @@ TORCH_INDEX ?=
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-long docs clean
+.PHONY: help setup setup-dev setup-slurm demo test test-long docs clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv and .venv-sglang, install everything
 	scripts/setup_trainer.sh
@@ -20,13 +20,16 @@ setup: ## make .venv and .venv-sglang, install everything
 setup-dev: setup ## the same, with the test and check tools
 	scripts/setup_trainer.sh --dev
 
+setup-slurm: ## install Debian's SLURM, as root, where it is missing; the long tests start one
+	scripts/setup_slurm.sh
+
 demo: setup ## set up, then run the arithmetic example from data to evaluation
 	.venv/bin/python -m examples.arithmetic.run
 
 test: setup-dev ## set up, then lint, types and all tests but the long ones
 	scripts/check.sh
 
-test-long: setup-dev ## set up, then the long tests; writes docs/results/long_tests.md
+test-long: setup-dev setup-slurm ## set up, then the long tests; writes docs/results/long_tests.md
 	.venv/bin/python scripts/long_tests.py
 
 docs: setup-dev ## regenerate docs/config_reference.yaml
