@@ -45,7 +45,9 @@ def engine_shapes(endpoints: ModelEndpoints) -> Shapes:
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         config = json.loads((folder / "config.json").read_text())
     except (OSError, SafetensorError) as error:
-        raise WeightUpdateError(f"{_purpose(endpoints)}, which cannot be read: {error}") from error
+        raise WeightUpdateError(
+            f"{_purpose(endpoints)}, which cannot be read ({error}); {_MEND}"
+        ) from error
     if not shapes:
         raise WeightUpdateError(f"{_purpose(endpoints)}, which has no *.safetensors; {_MEND}")
     if config.get("text_config", config).get("tie_word_embeddings", False):

@@ -26,7 +26,7 @@ START_SECONDS = 500.0
 
 @dataclass(frozen=True)
 class LiveFleet:
-    """A served student (two engines) and teacher, and the folders with their weights."""
+    """A served student (two engines, untied) and teacher (tied), and their weights' folders."""
 
     endpoints: Endpoints
     student: Path
@@ -43,7 +43,9 @@ def sglang_python() -> str:
 def live_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFleet]:
     folder = tmp_path_factory.mktemp("fleet")
     names = ("student", "teacher", "other_student")
-    student, teacher, other = (save_model(folder / n, seed) for seed, n in enumerate(names))
+    student, teacher, other = (
+        save_model(folder / name, seed, tied=name == "teacher") for seed, name in enumerate(names)
+    )
     config = {
         "run": {"directory": str(folder / "run")},
         "student": {"model_path": str(student)},

@@ -8,23 +8,28 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sod_mcore.serving import weights
 from sod_mcore.serving.client import EngineClient, EngineError, Generation, SamplingSettings
 from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import Endpoints
 from sod_mcore.serving.scoring import Scores, score
+from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from tests.serving.conftest import LiveFleet
 from tests.serving.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, random_ids, reference_logprobs
 
 TOLERANCE = 1e-5
 TIMEOUT = 120.0
+Update = Callable[[Endpoints, Path, int], None]
 
 
 def generate(endpoints: Endpoints, ids: list[int], **sampling: object) -> Generation:
@@ -38,6 +43,13 @@ def generate(endpoints: Endpoints, ids: list[int], **sampling: object) -> Genera
 
 def update_from_disk(endpoints: Endpoints, folder: Path, version: int) -> None:
     weights.update_weights(endpoints, "student", DiskTransfer(folder), version, TIMEOUT)
+
+
+def update_from_tensors(endpoints: Endpoints, folder: Path, version: int) -> None:
+    """In buckets of five tensors."""
+    tensors = list(load_file(folder / "model.safetensors").items())
+    buckets = (tensors[start : start + 5] for start in range(0, len(tensors), 5))
+    weights.update_weights(endpoints, "student", TensorTransfer(buckets), version, TIMEOUT)
 
 
 def score_once(
@@ -162,7 +174,8 @@ def test_models_are_never_mixed(live_fleet: LiveFleet) -> None:
         np.testing.assert_allclose(values, right, atol=TOLERANCE)
 
 
-def test_new_weights_reach_every_engine(live_fleet: LiveFleet) -> None:
+@pytest.mark.parametrize("update", [update_from_disk, update_from_tensors])
+def test_new_weights_reach_every_engine(live_fleet: LiveFleet, update: Update) -> None:
     endpoints, ids = live_fleet.endpoints, random_ids(50, seed=6)
     positions = np.arange(1, 50)
 
@@ -175,36 +188,72 @@ def test_new_weights_reach_every_engine(live_fleet: LiveFleet) -> None:
         assert weights.weight_versions(endpoints, "student", TIMEOUT) == (version, version)
         assert generate(endpoints, ids).weight_version == version
 
-    update_from_disk(endpoints, live_fleet.other_student, 7)
-    check(live_fleet.other_student, 7)
+    before = weights.weight_versions(endpoints, "student", TIMEOUT)[0]
+    update(endpoints, live_fleet.other_student, before + 1)
+    check(live_fleet.other_student, before + 1)
     assert weights.weight_versions(endpoints, "teacher", TIMEOUT) == (0,)
-    update_from_disk(endpoints, live_fleet.student, 8)
-    check(live_fleet.student, 8)
+    update(endpoints, live_fleet.student, before + 2)
+    check(live_fleet.student, before + 2)
 
 
-def test_new_weights_in_the_middle_of_a_request(live_fleet: LiveFleet) -> None:
+def test_tensors_in_bfloat16_reach_engines_in_float32(
+    live_fleet: LiveFleet, tmp_path: Path
+) -> None:
+    rounded = shutil.copytree(live_fleet.other_student, tmp_path / "rounded")
+    tensors = load_file(rounded / "model.safetensors")
+    narrow = [(name, tensor.bfloat16()) for name, tensor in tensors.items()]
+    save_file({name: tensor.float() for name, tensor in narrow}, rounded / "model.safetensors")
+    ids, endpoints = random_ids(50, seed=8), live_fleet.endpoints
+    weights.update_weights(endpoints, "student", TensorTransfer([narrow]), 20, TIMEOUT)
+    expected = reference_logprobs(rounded, ids)[np.arange(1, 50), np.array(ids)[1:]]
+    for row in weights.probe_logprobs(endpoints, "student", ids, TIMEOUT):
+        np.testing.assert_allclose(row[1:], expected, atol=TOLERANCE)
+    update_from_tensors(endpoints, live_fleet.student, 21)
+
+
+def test_an_update_that_breaks_off_is_mended_by_the_next(live_fleet: LiveFleet) -> None:
+    """The engines then hold some weights of each version; they stay paused and keep their
+    version."""
+    endpoints, ids = live_fleet.endpoints, random_ids(50, seed=9)
+    before = weights.weight_versions(endpoints, "student", TIMEOUT)
+    new = list(load_file(live_fleet.other_student / "model.safetensors").items())
+    buckets = [new[:8], [(new[8][0], torch.zeros(3, 3))]]
+    with pytest.raises(WeightUpdateError, match=r"has shape \(3, 3\)"):
+        weights.update_weights(endpoints, "student", TensorTransfer(buckets), 30, TIMEOUT)
+    assert weights.weight_versions(endpoints, "student", TIMEOUT) == before
+    with pytest.raises(EngineError, match="no answer within 3 s"):
+        weights.probe_logprobs(endpoints, "student", ids, 3.0)
+    update_from_tensors(endpoints, live_fleet.student, 31)
+    assert weights.weight_versions(endpoints, "student", TIMEOUT) == (31, 31)
+    expected = reference_logprobs(live_fleet.student, ids)[np.arange(1, 50), np.array(ids)[1:]]
+    for row in weights.probe_logprobs(endpoints, "student", ids, TIMEOUT):
+        np.testing.assert_allclose(row[1:], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("update", [update_from_disk, update_from_tensors])
+def test_new_weights_in_the_middle_of_a_request(live_fleet: LiveFleet, update: Update) -> None:
     """A request that runs during the update says which version sampled which token."""
     endpoints, ids = live_fleet.endpoints, random_ids(10, seed=7)
+    before = weights.weight_versions(endpoints, "student", TIMEOUT)[0]
     sampling = SamplingSettings(max_new_tokens=400, ignore_eos=True)
 
     async def run() -> Generation:
         async with EngineClient(endpoints) as client:
             request = asyncio.create_task(client.generate("student", ids, sampling, rid="middle"))
             await asyncio.sleep(0.3)
-            await asyncio.to_thread(update_from_disk, endpoints, live_fleet.other_student, 9)
+            await asyncio.to_thread(update, endpoints, live_fleet.other_student, before + 1)
             return await request
 
     generation = asyncio.run(run())
-    update_from_disk(endpoints, live_fleet.student, 10)
+    update(endpoints, live_fleet.student, before + 2)
     assert len(generation.token_ids) == 400
-    assert len(set(generation.weight_versions.tolist())) == 2
-    assert generation.weight_versions[-1] == 9
+    assert set(generation.weight_versions.tolist()) == {before, before + 1}
     assert (np.diff(generation.weight_versions) >= 0).all()
     whole = ids + generation.token_ids.tolist()
     positions = np.arange(len(ids), len(whole))
     for is_new, folder in ((False, live_fleet.student), (True, live_fleet.other_student)):
         expected = reference_logprobs(folder, whole)[positions, generation.token_ids]
-        chosen = (generation.weight_versions == 9) == is_new
+        chosen = (generation.weight_versions > before) == is_new
         np.testing.assert_allclose(
             generation.logprobs[chosen], expected[chosen], atol=5 * TOLERANCE
         )
@@ -217,8 +266,8 @@ def test_damaged_weights_never_reach_an_engine(live_fleet: LiveFleet, tmp_path: 
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(WeightUpdateError, match=r"model\.safetensors is damaged"):
-        update_from_disk(endpoints, damaged, 11)
-    assert generate(endpoints, random_ids(5, seed=1)).weight_version != 11
+        update_from_disk(endpoints, damaged, 50)
+    assert generate(endpoints, random_ids(5, seed=1)).weight_version != 50
 
 
 def test_only_the_student_changes(live_fleet: LiveFleet) -> None:

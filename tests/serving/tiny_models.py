@@ -14,7 +14,7 @@ VOCAB_SIZE = 512
 CONTEXT_LENGTH = 512
 
 
-def save_model(folder: Path, seed: int) -> Path:
+def save_model(folder: Path, seed: int, *, tied: bool = True) -> Path:
     """Write a Hugging Face folder with random weights and a tokenizer of whole words."""
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -27,7 +27,7 @@ def save_model(folder: Path, seed: int) -> Path:
         head_dim=8,
         max_position_embeddings=CONTEXT_LENGTH,
         initializer_range=0.3,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

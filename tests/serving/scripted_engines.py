@@ -1,0 +1,177 @@
+"""Engines that only keep a diary of what a weight update asks of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from aiohttp import web
+
+from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+
+
+@dataclass(frozen=True)
+class Received:
+    """One request with tensors: the payload of each tensor-parallel rank, and the options."""
+
+    tensors: tuple[list[tuple[str, torch.Tensor]], ...]
+    payload_bytes: int
+    version: str | None
+    flush_cache: bool
+
+
+@dataclass
+class ScriptedEngines:
+    """Two engines that write down the calls in the order in which they end.
+
+    Attributes:
+        refusing: index of the engine that refuses weights.
+        accepted_buckets: how many it takes before.
+        forgetful: index of the engine that keeps its old version.
+        session: whether the engines know begin_weight_update and end_weight_update.
+    """
+
+    model_path: Path = Path("folder")
+    calls: list[tuple[int, str]] = field(default_factory=list)
+    versions: list[str] = field(default_factory=lambda: ["default", "default"])
+    received: tuple[list[Received], list[Received]] = field(default_factory=lambda: ([], []))
+    refusing: int | None = None
+    accepted_buckets: int = 0
+    forgetful: int | None = None
+    session: bool = True
+    is_open: list[bool] = field(default_factory=lambda: [False, False])
+    tensor_parallel_size: int = 1
+    mode: str = ""
+    urls: tuple[str, ...] = ()
+
+    def application(self, index: int) -> web.Application:
+        async def pause(request: web.Request) -> web.Response:
+            self.mode = (await request.json())["mode"]
+            return self._note(index, "pause")
+
+        async def update_from_disk(request: web.Request) -> web.Response:
+            body = await request.json()
+            assert body["flush_cache"], "the cache holds what the old weights computed"
+            if self.refusing == index:
+                return _refusal("shapes")
+            if self.forgetful != index:
+                self.versions[index] = body["weight_version"]
+            return self._note(index, "update")
+
+        async def update_from_tensor(request: web.Request) -> web.Response:
+            if self.session and not self.is_open[index]:
+                return _refusal("must run between begin_weight_update() and end_weight_update()")
+            body = await request.json()
+            if self.refusing == index and len(self.received[index]) >= self.accepted_buckets:
+                return _refusal("out of memory")
+            self.received[index].append(_decoded(body))
+            if body.get("weight_version") and self.forgetful != index:
+                self.versions[index] = body["weight_version"]
+            return self._note(index, "bucket")
+
+        async def begin(request: web.Request) -> web.Response:
+            if self.is_open[index]:
+                return _refusal("a weight-update session is already open")
+            self.is_open[index] = True
+            return self._note(index, "begin")
+
+        async def end(request: web.Request) -> web.Response:
+            if not self.is_open[index]:
+                return _refusal("no weight-update session is open")
+            self.is_open[index] = False
+            return self._note(index, "end")
+
+        async def proceed(request: web.Request) -> web.Response:
+            return self._note(index, "continue")
+
+        async def model_info(request: web.Request) -> web.Response:
+            return web.json_response({"weight_version": self.versions[index]})
+
+        async def server_info(request: web.Request) -> web.Response:
+            return web.json_response({"tp_size": self.tensor_parallel_size})
+
+        async def generate(request: web.Request) -> web.Response:
+            ids = (await request.json())["input_ids"]
+            scores = [[None if n == 0 else -1.0, token, None] for n, token in enumerate(ids)]
+            return web.json_response({"meta_info": {"input_token_logprobs": scores}})
+
+        application = web.Application(client_max_size=1 << 30)
+        application.router.add_post("/pause_generation", pause)
+        application.router.add_post("/update_weights_from_disk", update_from_disk)
+        application.router.add_post("/update_weights_from_tensor", update_from_tensor)
+        application.router.add_post("/continue_generation", proceed)
+        application.router.add_post("/generate", generate)
+        application.router.add_get("/model_info", model_info)
+        application.router.add_get("/server_info", server_info)
+        if self.session:
+            application.router.add_post("/begin_weight_update", begin)
+            application.router.add_post("/end_weight_update", end)
+        return application
+
+    def _note(self, index: int, call: str) -> web.Response:
+        self.calls.append((index, call))
+        return web.json_response({"success": True})
+
+    def call_names(self) -> list[str]:
+        """The calls without the engines' numbers."""
+        return [call for _, call in self.calls]
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """The fleet that they are."""
+        model = ModelEndpoints(
+            "student", "http://127.0.0.1:9", self.urls, str(self.model_path), 64, 100
+        )
+        return Endpoints("http://127.0.0.1:9", {"student": model}, 1, 1, "elsewhere")
+
+
+def _refusal(message: str) -> web.Response:
+    return web.json_response({"success": False, "message": message}, status=400)
+
+
+def _decoded(body: dict[str, object]) -> Received:
+    texts = body["serialized_named_tensors"]
+    assert isinstance(texts, list)
+    payloads = [base64.b64decode(text, validate=True) for text in texts]
+    return Received(
+        tuple(pickle.loads(payload) for payload in payloads),
+        len(payloads[0]),
+        body.get("weight_version"),  # type: ignore[arg-type]
+        bool(body["flush_cache"]),
+    )
+
+
+@contextmanager
+def running_engines(engines: ScriptedEngines | None = None) -> Iterator[ScriptedEngines]:
+    """The engines on a thread of their own; the update is synchronous."""
+    engines, loop = engines or ScriptedEngines(), asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    runners = [web.AppRunner(engines.application(index)) for index in range(2)]
+
+    async def start() -> None:
+        for runner in runners:
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+        ports = [runner.addresses[0][1] for runner in runners]
+        engines.urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
+
+    async def stop() -> None:
+        for runner in runners:
+            await runner.cleanup()
+
+    try:
+        asyncio.run_coroutine_threadsafe(start(), loop).result(timeout=10)
+        yield engines
+    finally:
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(timeout=10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(timeout=10)
+        loop.close()
