@@ -6,6 +6,7 @@ and is constant in the loss: only log-probs under the current weights carry a gr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,41 @@ class BatchSignals:
     mean_step_weight: float
 
 
+@dataclass(frozen=True)
+class _PaddedSignals:
+    """The signals of a batch of B trajectories, padded to the longest one, T.
+
+    Attributes:
+        loss_mask: bool ``[B, T]``.
+        advantages, token_weights, old_logprobs, teacher_logprobs: floats ``[B, T]``.
+        steps: ``d_k`` and ``w_k``, ``[B, K]``.
+        group_advantages: ``[B]``.
+    """
+
+    loss_mask: torch.Tensor
+    advantages: torch.Tensor
+    token_weights: torch.Tensor
+    old_logprobs: torch.Tensor
+    teacher_logprobs: torch.Tensor
+    steps: StepWeights
+    group_advantages: torch.Tensor
+
+    def trajectory(self, i: int, length: int) -> TrajectorySignals:
+        """Row ``i`` without its padding."""
+        num_steps = int(self.steps.num_steps[i])
+        return TrajectorySignals(
+            loss_mask=self.loss_mask[i, :length].numpy(),
+            advantages=self.advantages[i, :length].float().numpy(),
+            token_weights=self.token_weights[i, :length].float().numpy(),
+            old_logprobs=self.old_logprobs[i, :length].float().numpy(),
+            teacher_logprobs=self.teacher_logprobs[i, :length].float().numpy(),
+            step_divergence=self.steps.step_divergence[i, :num_steps].float().numpy(),
+            step_weights=self.steps.step_weights[i, :num_steps].float().numpy(),
+            step_lengths=self.steps.step_lengths[i, :num_steps].long().numpy(),
+            group_advantage=float(self.group_advantages[i]),
+        )
+
+
 def compute_signals(
     trajectories: Sequence[Trajectory],
     old_logprobs: Sequence[NDArray[np.float32]],
@@ -104,11 +140,11 @@ def compute_signals(
         )
     if config.tis_cap is not None:
         advantages = advantages * _importance_weights(trajectories, student, mask, config.tis_cap)
+    if config.weighting == "uniform":
+        steps = dataclasses.replace(steps, step_weights=torch.ones_like(steps.step_weights))
+    padded = _PaddedSignals(mask, advantages, token_weights, student, teacher, steps, group)
     return BatchSignals(
-        trajectories=tuple(
-            _one(i, len(t), mask, advantages, token_weights, student, teacher, steps, config, group)
-            for i, t in enumerate(trajectories)
-        ),
+        trajectories=tuple(padded.trajectory(i, len(t)) for i, t in enumerate(trajectories)),
         num_floored=num_floored,
         num_unscored=sum(not t.is_scored for t in trajectories) if needs_teacher else 0,
         reverse_kl=_masked_mean(student - teacher, mask),
@@ -152,35 +188,6 @@ def _importance_weights(
     rollout = _pad([np.nan_to_num(t.rollout_logprobs) for t in trajectories], 0.0)
     ratio = torch.exp((student - rollout).clamp(-20.0, 20.0)).clamp(max=cap)
     return torch.where(mask, ratio, torch.ones_like(ratio))
-
-
-def _one(
-    i: int,
-    length: int,
-    mask: torch.Tensor,
-    advantages: torch.Tensor,
-    token_weights: torch.Tensor,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    steps: StepWeights,
-    config: AlgorithmConfig,
-    group: torch.Tensor,
-) -> TrajectorySignals:
-    num_steps = int(steps.num_steps[i])
-    step_weights = steps.step_weights[i, :num_steps]
-    if config.weighting == "uniform":
-        step_weights = torch.ones_like(step_weights)
-    return TrajectorySignals(
-        loss_mask=mask[i, :length].numpy(),
-        advantages=advantages[i, :length].float().numpy(),
-        token_weights=token_weights[i, :length].float().numpy(),
-        old_logprobs=student[i, :length].float().numpy(),
-        teacher_logprobs=teacher[i, :length].float().numpy(),
-        step_divergence=steps.step_divergence[i, :num_steps].float().numpy(),
-        step_weights=step_weights.float().numpy(),
-        step_lengths=steps.step_lengths[i, :num_steps].long().numpy(),
-        group_advantage=float(group[i]),
-    )
 
 
 def _pad(rows: Sequence[NDArray[np.generic]], value: float | bool) -> torch.Tensor:
