@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 import pyarrow.parquet as pq
 
 Row = TypeVar("Row")
-_ERRORS_SHOWN = 10
 
 
 class DataError(Exception):
-    """A data file that cannot be used; one line for each malformed row."""
+    """A data file that cannot be used, in one line."""
 
 
 class FieldError(Exception):
@@ -28,21 +27,23 @@ def read_rows(path: Path, parse: Callable[[int, dict[str, Any]], Row]) -> list[R
     """Every row of ``path`` through ``parse(row number, row)``, which may raise FieldError.
 
     Raises:
-        DataError: the file is missing, is not Parquet, is empty, or has malformed rows.
+        DataError: the file is missing, is not Parquet, is empty, or has malformed rows: the first
+            of them is named, with its field, the value and the mend, and the others are counted.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; give the path of a Parquet file")
     parsed: list[Row] = []
-    problems: list[str] = []
+    first_problem = ""
+    num_malformed = 0
     for number, row in enumerate(_iterate(path)):
         try:
             parsed.append(parse(number, row))
         except FieldError as error:
-            problems.append(f"{path}, row {number}, {error}")
-    if problems:
-        more = len(problems) - _ERRORS_SHOWN
-        shown = problems[:_ERRORS_SHOWN] + ([f"... and {more} more rows"] if more > 0 else [])
-        raise DataError("\n".join(shown))
+            first_problem = first_problem or f"{path}, row {number}, {error}"
+            num_malformed += 1
+    if num_malformed:
+        further = f" ({num_malformed - 1} further malformed rows)" if num_malformed > 1 else ""
+        raise DataError(first_problem + further)
     if not parsed:
         raise DataError(f"{path}: the file has no rows")
     return parsed
@@ -83,9 +84,11 @@ def messages_field(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
         raise FieldError(name, "is empty; a list of {role, content} is needed")
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
-            raise FieldError(f"{name}[{number}].role", f"is {_short(message.get('role'))}")
+            problem = f"is {_short(message.get('role'))}; text is needed"
+            raise FieldError(f"{name}[{number}].role", problem)
         if not isinstance(message.setdefault("content", ""), str):
-            raise FieldError(f"{name}[{number}].content", f"is {_short(message['content'])}")
+            problem = f"is {_short(message['content'])}; text is needed"
+            raise FieldError(f"{name}[{number}].content", problem)
     return messages
 
 
@@ -104,7 +107,8 @@ def _decoded(name: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise FieldError(name, f"is text but not JSON ({error})") from error
+        problem = f"is {_short(value)}; a struct, or JSON text of one, is needed ({error})"
+        raise FieldError(name, problem) from error
 
 
 def _without_nulls(value: Any) -> Any:
