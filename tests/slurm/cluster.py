@@ -13,8 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -116,9 +115,9 @@ class SlurmCluster:
     ) -> None:
         self._stop()
 
-    def submit(self, script: Path, *, directory: Path) -> int:
+    def submit(self, script: Path) -> int:
         """``sbatch``; returns the job's number."""
-        return int(self._command("sbatch", "--parsable", str(script), directory=directory))
+        return int(self._command("sbatch", "--parsable", str(script)))
 
     def job(self, number: int) -> Job:
         """The state of a job."""
@@ -148,10 +147,10 @@ class SlurmCluster:
         files = sorted((self.folder / "log").glob("*.log"))
         return "\n".join(f"--- {f.name}\n" + f.read_text()[-1500:] for f in files)
 
-    def _command(self, *command: str, directory: Path | None = None) -> str:
+    def _command(self, *command: str) -> str:
         done = subprocess.run(
             command,
-            cwd=directory,
+            cwd=self.folder,
             env={**os.environ, "PATH": _path(), "SLURM_CONF": str(self.folder / "slurm.conf")},
             capture_output=True,
             text=True,
@@ -237,17 +236,6 @@ def free_ports(count: int) -> Sequence[int]:
     while len(ports) < count:
         ports.add(free_port("127.0.0.1"))
     return sorted(ports)
-
-
-@contextmanager
-def submitted(cluster: SlurmCluster, script: Path, *, directory: Path) -> Iterator[int]:
-    """A job that is cancelled at the end if it still runs."""
-    number = cluster.submit(script, directory=directory)
-    try:
-        yield number
-    finally:
-        if not cluster.job(number).has_ended:
-            cluster._command("scancel", str(number))
 
 
 def _path() -> str:

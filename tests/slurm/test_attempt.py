@@ -20,7 +20,7 @@ from tests.slurm.small_config import write_small_config
 
 FAKES = Path(__file__).with_name("fake_slurm")
 SECONDS = 60.0
-NO_GPUS = {"student": {"gpus": []}, "teacher": {"gpus": []}}
+NO_GPUS: dict[str, dict[str, list[int]]] = {"student": {"gpus": []}, "teacher": {"gpus": []}}
 
 
 @dataclass

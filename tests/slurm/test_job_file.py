@@ -86,7 +86,7 @@ def test_what_sbatch_is_told(folder: Path, options: tuple[str, ...]) -> None:
 
 
 def test_what_is_not_asked_for_is_left_out(folder: Path) -> None:
-    no_gpus = {"gpus": []}
+    no_gpus: dict[str, list[int]] = {"gpus": []}
     job = write_job(
         folder,
         *("--template", "one_node", "--gpus-per-node", "0", "--ranks-per-node", "2"),
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused(
 def test_without_gpus_the_ranks_must_be_given(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    no_gpus = {"student": {"gpus": []}, "teacher": {"gpus": []}}
+    no_gpus: dict[str, dict[str, list[int]]] = {"student": {"gpus": []}, "teacher": {"gpus": []}}
     options = ("--template", "one_node", "--gpus-per-node", "0")
     assert "--ranks-per-node is missing" in refusal(folder, capsys, *options, serving=no_gpus)
 
