@@ -1,0 +1,205 @@
+"""How long a weight sync takes, and what it adds to rank 0's memory: by disk and by tensor.
+
+    .venv/bin/python -m benchmarks.weight_sync [--repetitions 3] [--bucket-mb 64]
+
+Starts a real engine with a random model of each size, and changes its weights in turn by each way
+with the code that the trainer uses. Seconds are those from the first tensor to confirmed engines,
+the writing of the folder included; memory is the growth of this process's peak. The order of the
+ways alternates, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from sod_mcore.serving.disk_transfer import DiskTransfer
+from sod_mcore.serving.fleet import Endpoints, endpoints_path, read_endpoints
+from sod_mcore.serving.tensor_transfer import TensorTransfer
+from sod_mcore.serving.weights import update_weights
+from sod_mcore.student.conversion.export import NamedTensors
+from sod_mcore.student.conversion.save import save_hf_folder
+
+REPOSITORY = Path(__file__).parents[1]
+START_SECONDS = 600.0
+STOP_SECONDS = 60.0
+UPDATE_SECONDS = 300.0
+SIZES = {
+    "0.2M": {"hidden_size": 64, "layers": 2, "vocab_size": 1536},
+    "135M": {"hidden_size": 576, "layers": 30, "vocab_size": 49152},
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Medians over the repetitions."""
+
+    seconds: float
+    peak_bytes: float
+
+
+def main() -> None:
+    """Print one Markdown row for each size and way."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--bucket-mb", type=int, default=64)
+    options = parser.parse_args()
+    print("| parameters | model, MB | way | seconds | of disk | extra peak memory, MB | of disk |")
+    print("|---|---|---|---|---|---|---|")
+    for name in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            measure_size(name, Path(folder), options.repetitions, options.bucket_mb << 20)
+
+
+def measure_size(name: str, folder: Path, repetitions: int, bucket_bytes: int) -> None:
+    """Serve a model of one size and print its rows."""
+    model = save_model(name, folder / "model")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    config = write_config(folder)
+    with (folder / "serving.log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "sod_mcore.serving", str(config)],
+            cwd=REPOSITORY,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            endpoints = wait_until_served(server, folder)
+            results = measure(model, endpoints, folder, repetitions, bucket_bytes)
+        finally:
+            server.terminate()
+            server.wait(timeout=STOP_SECONDS)
+    disk = results["disk"]
+    for way, result in results.items():
+        print(
+            f"| {name} | {size / 1e6:.1f} | {way} | {result.seconds:.2f} "
+            f"| {result.seconds / disk.seconds:.2f} | {result.peak_bytes / 1e6:.1f} "
+            f"| {result.peak_bytes / max(disk.peak_bytes, 1):.2f} |",
+            flush=True,
+        )
+
+
+def save_model(name: str, folder: Path) -> Qwen3ForCausalLM:
+    """A random tied Qwen3 in float32."""
+    size = SIZES[name]
+    heads = size["hidden_size"] // 64
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=size["vocab_size"],
+        hidden_size=size["hidden_size"],
+        intermediate_size=size["hidden_size"] * 8 // 3,
+        num_hidden_layers=size["layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 3),
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config).float()
+    model.save_pretrained(folder)
+    return model
+
+
+def write_config(folder: Path) -> Path:
+    """A fleet of one engine."""
+    engine = {"model_path": str(folder / "model"), "max_total_tokens": 1024}
+    tree = {
+        "run": {"directory": str(folder / "run")},
+        "student": {"model_path": str(folder / "model")},
+        "data": {"train": "unused.parquet"},
+        "serving": {"device": "cpu", "student": engine, "start_timeout_seconds": START_SECONDS},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def wait_until_served(server: subprocess.Popen[bytes], folder: Path) -> Endpoints:
+    """The addresses, once the engine answers."""
+    deadline = time.monotonic() + START_SECONDS
+    while not endpoints_path(folder / "run").exists():
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"no engine:\n{(folder / 'serving.log').read_text()}")
+        time.sleep(0.2)
+    return read_endpoints(folder / "run")
+
+
+def measure(
+    model: Qwen3ForCausalLM,
+    endpoints: Endpoints,
+    folder: Path,
+    repetitions: int,
+    bucket_bytes: int,
+) -> dict[str, Measurement]:
+    """Both ways in turn; the first round warms up and does not count."""
+
+    def by_disk(version: int) -> None:
+        save_hf_folder(buckets(model, bucket_bytes), folder / "model", folder / "weights")
+        transfer = DiskTransfer(folder / "weights")
+        update_weights(endpoints, "student", transfer, version, UPDATE_SECONDS)
+
+    def by_tensor(version: int) -> None:
+        transfer = TensorTransfer(buckets(model, bucket_bytes))
+        update_weights(endpoints, "student", transfer, version, UPDATE_SECONDS)
+
+    ways: dict[str, Callable[[int], None]] = {"disk": by_disk, "tensor": by_tensor}
+    samples: dict[str, list[Measurement]] = {way: [] for way in ways}
+    for round_number in range(repetitions + 1):
+        order = list(ways) if round_number % 2 else list(reversed(ways))
+        for way in order:
+            sample = measure_once(ways[way], 2 * round_number + order.index(way) + 1)
+            if round_number:
+                samples[way].append(sample)
+    return {
+        way: Measurement(
+            statistics.median(sample.seconds for sample in found),
+            statistics.median(sample.peak_bytes for sample in found),
+        )
+        for way, found in samples.items()
+    }
+
+
+def measure_once(update: Callable[[int], None], version: int) -> Measurement:
+    """One sync."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, start = memory_bytes("VmRSS"), time.monotonic()
+    update(version)
+    return Measurement(time.monotonic() - start, memory_bytes("VmHWM") - before)
+
+
+def memory_bytes(field: str) -> float:
+    """A memory field of ``/proc/self/status``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return 1024.0 * int(value.split()[0])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def buckets(model: Qwen3ForCausalLM, bucket_bytes: int) -> Iterator[NamedTensors]:
+    """Copies, as the trainer gathers them from its shards."""
+    bucket: NamedTensors = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        if size and size + parameter.nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter.detach().clone()))
+        size += parameter.nbytes
+    if bucket:
+        yield bucket
+
+
+if __name__ == "__main__":
+    main()
