@@ -24,6 +24,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from sod_mcore.config import ConfigError
 from sod_mcore.files import make_empty, replace_folder, temporary_folder, write_text
 from sod_mcore.student.exchange import broadcast_from_rank0, wait_for_all
 from sod_mcore.student.model import unwrap
@@ -71,6 +72,9 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
 
     Returns:
         the ``progress`` it was saved with, or None if there is no checkpoint.
+
+    Raises:
+        ConfigError: it was saved by another kind of optimizer.
     """
     _on_rank_zero(state, lambda: _remove_unfinished(directory))
     newest = (_newest_complete(directory),) if state.layout.rank == 0 else None
@@ -78,11 +82,12 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
     if name is None:
         return None
     folder = directory / name
+    header = json.loads((folder / PROGRESS).read_text())
+    _check_optimizer(header, _optimizer_header(state), folder)
     initialize_adam_state(state.optimizer)
     loaded = dist_checkpointing.load(_sharded_state(state, is_loading=True), str(folder))
     unwrap(state.model).load_state_dict(loaded["model"])
     state.optimizer.load_state_dict(loaded["optimizer"])
-    header = json.loads((folder / PROGRESS).read_text())
     state.schedule.num_steps = 0
     state.schedule.step(header["schedule_steps"])
     if header["layout"] == _layout_header(state.layout):
@@ -109,6 +114,7 @@ def _complete(
         "progress": dict(progress),
         "schedule_steps": state.schedule.num_steps,
         "layout": _layout_header(state.layout),
+        "optimizer": _optimizer_header(state),
     }
     (temporary / PROGRESS).write_text(json.dumps(header, indent=2) + "\n")
     replace_folder(temporary, final)
@@ -158,6 +164,28 @@ def _layout_header(layout: ParallelLayout) -> dict[str, int]:
         "context": layout.context_parallel_size,
         "data": layout.data_parallel_size,
     }
+
+
+def _optimizer_header(state: TrainingState) -> dict[str, Any]:
+    """The settings that decide which tensors an optimizer has."""
+    is_bf16 = unwrap(state.model).config.bf16
+    return {
+        "optimizer.distributed": state.model.ddp_config.use_distributed_optimizer,
+        "student.precision": "bf16" if is_bf16 else "fp32",
+    }
+
+
+def _check_optimizer(
+    header: Mapping[str, Any], configured: Mapping[str, Any], folder: Path
+) -> None:
+    saved = header.get("optimizer", configured)  # earlier versions did not write it
+    for name, value in configured.items():
+        if saved[name] != value:
+            raise ConfigError(
+                f"{name} is {json.dumps(value)}, but {folder} was saved with "
+                f"{json.dumps(saved[name])}, and its optimizer state fits nothing else; set {name} "
+                "back, or start from an exported folder in another run.directory"
+            )
 
 
 def _random_file(folder: Path, rank: int) -> Path:
