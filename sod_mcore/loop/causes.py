@@ -43,6 +43,7 @@ class Cause:
         line: one line for people.
         is_expected: no Python traceback is needed to understand it.
         is_secondary: another rank failed, and this one only noticed.
+        is_timeout: this rank waited for another one in vain.
         is_everywhere: every rank finds the same fault, so one of them tells it.
         exit_code: of the process.
     """
@@ -50,6 +51,7 @@ class Cause:
     line: str
     is_expected: bool = False
     is_secondary: bool = False
+    is_timeout: bool = False
     is_everywhere: bool = False
     exit_code: int = EXIT_FAILED
 
@@ -64,7 +66,8 @@ def cause_of(error: Exception) -> Cause:
     if isinstance(error, RuntimeError) and any(words in text for words in _TIMED_OUT):
         return Cause(
             "another rank is stuck, stopped or much slower: a collective operation did not end in "
-            f"time (run.collective_timeout_seconds, or the deadline of rank 0's work): {text}"
+            f"time (run.collective_timeout_seconds, or the deadline of rank 0's work): {text}",
+            is_timeout=True,
         )
     if isinstance(error, _WRONG_SETTINGS):
         return Cause(text, is_expected=True, is_everywhere=True, exit_code=EXIT_WRONG_SETTING)

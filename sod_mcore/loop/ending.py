@@ -7,6 +7,7 @@ that fail only because another one did say so in one line.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -19,7 +20,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, NoReturn
 
+import psutil  # type: ignore[import-untyped]
+
 from sod_mcore.loop.causes import Cause, cause_of
+from sod_mcore.loop.stop import StopRequest
 from sod_mcore.outcome import Outcome, clear_outcome, read_outcome, write_outcome
 from sod_mcore.platform.parent_death import die_with_parent
 
@@ -35,11 +39,13 @@ class Ending:
     Attributes:
         stack: closes what was opened, in reverse order.
         completed_steps: training steps done so far.
+        stop: what listens to signals, once the loop is about to begin.
     """
 
     def __init__(self, directory: Path) -> None:
         self.stack = ExitStack()
         self.completed_steps = 0
+        self.stop: StopRequest | None = None
         self._directory = directory
         self._rank = int(os.environ.get("RANK", "0"))
 
@@ -66,6 +72,8 @@ class Ending:
         """Record the cause, close everything, print the cause, end the process."""
         cause = cause_of(error)
         terminated = threading.Event()
+        if self.stop is not None and self.stop.is_signalled:
+            terminated.set()
         signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
         overdue = threading.Timer(CLOSE_SECONDS, self._leave, [error, cause])
         overdue.daemon = True
@@ -73,8 +81,11 @@ class Ending:
         self.record_failure(cause.line, is_secondary=cause.is_secondary)
         if not cause.is_secondary:
             _tell_torchrun(error, cause)
+        if cause.is_timeout:
+            _kill_stopped_siblings()
         try:
             self.stack.close()
+            atexit._run_exitfuncs()  # temporary folders of W&B, for instance
         except Exception as second:
             print(f"while closing: {cause_of(second).line}", file=sys.stderr, flush=True)
         if cause.is_secondary:
@@ -82,7 +93,7 @@ class Ending:
         self._leave(error, cause)
 
     def _leave(self, error: Exception, cause: Cause) -> NoReturn:
-        """Print and end without Python's own clean-up, in which foreign threads may hang."""
+        """Print and end at once: threads and libraries that hang do not hold this up."""
         if cause.is_secondary:
             print(f"rank {self._rank} ends as well: {cause.line}", file=sys.stderr)
         elif self._rank == 0 or not cause.is_everywhere:
@@ -114,6 +125,13 @@ def ending_in_order(directory: Path) -> Iterator[Ending]:
         ending.fail(error)
     finally:
         ending.stack.close()
+
+
+def _kill_stopped_siblings() -> None:
+    """End ranks of this launcher that are suspended: its SIGTERM would wait in vain for 30 s."""
+    for sibling in psutil.Process(os.getppid()).children():
+        if sibling.status() == psutil.STATUS_STOPPED:
+            sibling.kill()
 
 
 def _tell_torchrun(error: Exception, cause: Cause) -> None:

@@ -295,7 +295,7 @@ def open_session(config: SodConfig, ending: Ending) -> Session:
     reporter = None
     if is_rank_zero:
         reporter = stack.enter_context(Reporter.open(config, first_step))
-    stop = StopRequest(
+    ending.stop = stop = StopRequest(
         Path(config.run.stop_file or directory / "stop"),
         config.run.stop_grace_seconds,
         on_overdue=ending.record_failure,

@@ -64,6 +64,11 @@ class StopRequest:
             return f"the file {self._stop_file}"
         return None
 
+    @property
+    def is_signalled(self) -> bool:
+        """Whether a signal asked, not only the file."""
+        return self._signal_name is not None
+
     def clear(self) -> None:
         """Delete the stop file, so that the next start goes on."""
         self._stop_file.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ versions of megatron-core, so that a correction never meets code that it was not
 from __future__ import annotations
 
 import functools
+import queue
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -73,7 +74,22 @@ def vectorize_packed_rope(module: ModuleType) -> None:
     module._apply_rotary_pos_emb_thd = apply  # type: ignore[attr-defined]
 
 
+def write_checkpoints_without_a_process(module: ModuleType) -> None:
+    """0.19.2, the queue through which checkpoint writers return their results.
+
+    The stock one lives in a manager process: at the first save each rank starts an interpreter
+    that imports all of torch (seconds, and about 450 MB), and that stays behind for ever when the
+    rank is killed. Our saves are synchronous: the writers are this process and its threads, for
+    which a plain queue is enough.
+    """
+    results: queue.Queue[Any] = queue.Queue()
+    module._results_queue = results  # type: ignore[attr-defined]
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.optimizer.distrib_optimizer": fix_distributed_optimizer,
     "megatron.core.models.common.embeddings.rope_utils": vectorize_packed_rope,
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": (
+        write_checkpoints_without_a_process
+    ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,3 +58,12 @@ def test_each_parameter_counts_its_own_steps_after_loading() -> None:
     assert optimizer.optimizer.state["c"]["step"] == 3
     optimizer._set_main_param_and_optimizer_states(None, {"exp_avg": 1})
     assert optimizer.received == {"step": None, "exp_avg": 1}
+
+
+def test_a_saved_checkpoint_starts_no_process() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    before = multiprocessing.active_children()
+    filesystem_async.get_write_results_queue().put("result")
+    assert filesystem_async.get_write_results_queue().get_nowait() == "result"
+    assert multiprocessing.active_children() == before
