@@ -62,7 +62,7 @@ def sync_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncRun]:
 
 
 def save_model(folder: Path) -> None:
-    """A random Qwen3 of 110 MB, whose largest parameter has 6 MB."""
+    """A random Qwen3 of 105 MB, whose largest parameter has 6 MB."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=2048,
