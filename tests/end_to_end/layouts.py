@@ -76,10 +76,14 @@ class Update:
 
 
 def run_update(
-    case: LayoutCase, live_run: LiveRun, algorithm: Mapping[str, Any], folder: Path
+    case: LayoutCase,
+    live_run: LiveRun,
+    student: Path,
+    algorithm: Mapping[str, Any],
+    folder: Path,
 ) -> Update:
-    """Train ``live_run``'s exported student for one update on the first recorded batch."""
-    student, export = live_run.exported, folder / "updated"
+    """Train ``student`` for one update on the first batch that ``live_run`` recorded."""
+    export = folder / "updated"
     tree: dict[str, Any] = {
         "run": {"directory": str(folder / "run"), "steps": 1, "export": str(export)},
         "student": _student_section(case, student),

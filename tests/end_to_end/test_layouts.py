@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,9 @@ GRADIENT_TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def objectives(live_run: LiveRun) -> dict[str, AlgorithmConfig]:
-    """``paper``: distillation as an advantage, ratio 1. ``clipped``: ratios to the weights that
-    sampled, a few updates ago, with all three clips at work, and the teacher's top-K tokens.
+    """``paper``: distillation as an advantage, of the weights that sampled, ratio 1. ``clipped``:
+    later weights, ratios to those that sampled, with all three clips at work, and the teacher's
+    top-K tokens. Both losses are far from 0, as relative differences need: they hold a divergence.
 
     The clips are moved between the ratios of two tokens: rounding must not decide which side a
     token is on.
@@ -96,7 +98,7 @@ def objectives(live_run: LiveRun) -> dict[str, AlgorithmConfig]:
         # Its gradient does not divide by the teacher's rest, which float32 knows to 1e-7 only.
         topk=TopKConfig(k=16, divergence="forward_kl"),
     )
-    ratios = eager_update(live_run.exported, trajectories(live_run), clipped).ratios
+    ratios = eager_update(student_of(live_run, "clipped"), trajectories(live_run), clipped).ratios
     return {
         "paper": paper,
         "clipped": dataclasses.replace(
@@ -114,7 +116,9 @@ def expected(
 ) -> dict[tuple[str, str], EagerUpdate]:
     """The eager computation of each objective, in float32, by precision of the weights."""
     return {
-        (name, precision): eager_update(live_run.exported, trajectories(live_run), algorithm, dtype)
+        (name, precision): eager_update(
+            student_of(live_run, name), trajectories(live_run), algorithm, dtype
+        )
         for name, algorithm in objectives.items()
         for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
@@ -133,10 +137,17 @@ def update_of(
         if case.name not in done:
             algorithm = dataclasses.asdict(objectives[case.objective])
             folder = tmp_path_factory.mktemp(case.name)
-            done[case.name] = run_update(case, live_run, algorithm, folder)
+            student = student_of(live_run, case.objective)
+            done[case.name] = run_update(case, live_run, student, algorithm, folder)
         return done[case.name]
 
     return update
+
+
+def student_of(live_run: LiveRun, objective: str) -> Path:
+    """The weights that sampled, or those after the live run's updates."""
+    sampled = Path(live_run.tree["student"]["model_path"])
+    return sampled if objective == "paper" else live_run.exported
 
 
 def trajectories(live_run: LiveRun) -> tuple[Any, ...]:
