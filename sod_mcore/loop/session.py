@@ -32,6 +32,7 @@ from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource, Trajector
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
 from sod_mcore.rollout.pool import PoolSettings, RolloutInterruptedError, RolloutPool
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
+from sod_mcore.student.backend import choose_backend
 from sod_mcore.student.exchange import gather_objects
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed
@@ -295,6 +296,7 @@ def open_session(config: SodConfig, ending: Ending) -> Session:
     reporter = None
     if is_rank_zero:
         reporter = stack.enter_context(Reporter.open(config, first_step))
+        reporter.say(choose_backend(config.student).describe())
     ending.stop = stop = StopRequest(
         Path(config.run.stop_file or directory / "stop"),
         config.run.stop_grace_seconds,

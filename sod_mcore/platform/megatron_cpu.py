@@ -128,7 +128,8 @@ def hide_gpu_packages() -> None:
     A node without a GPU often has them all the same, in the container that serves the others, and
     Megatron would build an optimizer that fails in its first step.
     """
-    for name in GPU_PACKAGES:
+    imported = [name for name in sys.modules if name.partition(".")[0] in GPU_PACKAGES]
+    for name in (*GPU_PACKAGES, *imported):
         sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to block an import
 
 

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from sod_mcore.config import ConfigError
 from sod_mcore.files import make_empty, replace_folder, temporary_folder, write_text
 from sod_mcore.student.exchange import broadcast_from_rank0, wait_for_all
-from sod_mcore.student.model import unwrap
+from sod_mcore.student.model import load_parameters, sharded_parameters, unwrap
 from sod_mcore.student.optimizer import initialize_adam_state
 from sod_mcore.student.parallel_state import ParallelLayout
 
@@ -86,7 +86,7 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
     _check_optimizer(header, _optimizer_header(state), folder)
     initialize_adam_state(state.optimizer)
     loaded = dist_checkpointing.load(_sharded_state(state, is_loading=True), str(folder))
-    unwrap(state.model).load_state_dict(loaded["model"])
+    load_parameters(state.model, loaded["model"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     state.schedule.num_steps = 0
     state.schedule.step(header["schedule_steps"])
@@ -102,7 +102,7 @@ def _sharded_state(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
-    model = unwrap(state.model).sharded_state_dict(metadata=metadata)
+    model = sharded_parameters(state.model, metadata)
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 

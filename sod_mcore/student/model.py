@@ -28,6 +28,8 @@ from sod_mcore.student.layers import RMSNorm
 from sod_mcore.student.model_config import padded_vocab_size, transformer_config
 from sod_mcore.student.parallel_state import ParallelLayout
 
+_EXTRA_STATE = "_extra_state"
+
 
 def build_model(
     student: StudentConfig,
@@ -108,3 +110,26 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
     while not isinstance(model, GPTModel):
         model = model.module  # type: ignore[assignment]
     return model
+
+
+def sharded_parameters(model: torch.nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameter name -> Megatron's sharded tensor, under keys that all implementations share.
+
+    The ``_extra_state`` entries stay out: they hold FP8 scales, which this package never has, and
+    Transformer Engine's layers have more of them than the local ones.
+    """
+    state = unwrap(model).sharded_state_dict(metadata=dict(metadata))
+    return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
+
+
+def load_parameters(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """Set the parameters from what :func:`sharded_parameters` became when it was loaded.
+
+    Raises:
+        RuntimeError: a parameter is missing, or the model does not have it.
+    """
+    incompatible = unwrap(model).load_state_dict(state, strict=False)
+    names = [*incompatible.missing_keys, *incompatible.unexpected_keys]
+    wrong = [name for name in names if not name.endswith(_EXTRA_STATE)]
+    if wrong:
+        raise RuntimeError(f"the checkpoint does not fit the model: {', '.join(wrong)}")
