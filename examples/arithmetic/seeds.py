@@ -49,8 +49,8 @@ def table(repetitions: Sequence[Sequence[Row]]) -> str:
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """Percentages: the mean, its standard error where there are several values, and all of them."""
-    if len(values) == 1:
+    """Percentages: mean, standard error and all values; equal values stand alone."""
+    if len(set(values)) == 1:
         return f"{values[0]:.1%}"
     error = stdev(values) / len(values) ** 0.5
     each = ", ".join(f"{100 * value:.1f}" for value in values)

@@ -59,3 +59,4 @@ def test_the_table_gives_mean_and_standard_error() -> None:
     line = table([[row(0.1)], [row(0.2)], [row(0.6)]]).splitlines()[2]
     # Standard deviation 0.2646 of 3 values: 0.1528.
     assert line.startswith("| student | 30.0 ± 15.3% (10.0, 20.0, 60.0) | ")
+    assert line.endswith(" | 50.0% |")
