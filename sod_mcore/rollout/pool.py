@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -89,15 +90,20 @@ class RolloutPool:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._results: deque[RolloutResult] = deque()
         self._gate_replies: deque[GateReply] = deque()
+        # Whichever of the two processes is killed, the other one removes it.
+        self._temporary = tempfile.TemporaryDirectory(
+            prefix="rollout_pool_", ignore_cleanup_errors=True
+        )
         self._connection, theirs = Pipe()
+        worker = [sys.executable, "-m", "sod_mcore.rollout.worker"]
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sod_mcore.rollout.worker", str(theirs.fileno())],
+                [*worker, str(theirs.fileno()), self._temporary.name],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=_single_process_environment(),
+                env={**_single_process_environment(), "TMPDIR": self._temporary.name},
                 start_new_session=True,  # Ctrl-C is the trainer's to handle; the pool follows it
             )
         theirs.close()
@@ -146,6 +152,7 @@ class RolloutPool:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._temporary.cleanup()
 
     def __enter__(self) -> RolloutPool:
         return self

@@ -1,4 +1,4 @@
-"""The pool process: ``python -m sod_mcore.rollout.worker FD``, started by ``rollout/pool.py``.
+"""The pool process: ``python -m sod_mcore.rollout.worker FD TMPDIR``, started by ``pool.py``.
 
 It alone talks to the engines' generate endpoints. One asyncio loop runs every conversation, the
 tool calls and the scoring; one thread reads the pipe. When the pipe closes, the process ends.
@@ -7,7 +7,10 @@ tool calls and the scoring; one thread reads the pipe. When the pipe closes, the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import shutil
 import sys
 import threading
 import traceback
@@ -18,6 +21,7 @@ from typing import Any
 
 from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, run_batch
 from sod_mcore.rollout.pool import (
+    CLOSE_TIMEOUT_SECONDS,
     GateReply,
     GateRequest,
     PoolFailure,
@@ -38,8 +42,11 @@ def main() -> None:
         asyncio.run(_serve(connection, settings))
     except Exception as error:
         traceback.print_exc()
-        connection.send(PoolFailure(f"rollout pool: {type(error).__name__}: {error}"))
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(PoolFailure(f"rollout pool: {type(error).__name__}: {error}"))
         raise SystemExit(1) from error
+    finally:
+        shutil.rmtree(sys.argv[2], ignore_errors=True)
 
 
 async def _serve(connection: Connection, settings: PoolSettings) -> None:
@@ -122,6 +129,10 @@ def _message_queue(connection: Connection) -> asyncio.Queue[Any]:
             try:
                 message = connection.recv()
             except (EOFError, OSError):
+                # The trainer is gone: nobody else would end a pool that hangs while closing.
+                overdue = threading.Timer(CLOSE_TIMEOUT_SECONDS, os._exit, [1])
+                overdue.daemon = True
+                overdue.start()
                 loop.call_soon_threadsafe(queue.put_nowait, None)
                 return
             loop.call_soon_threadsafe(queue.put_nowait, message)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,7 +23,14 @@ from pathlib import Path
 
 from sod_mcore.config import ConfigError, ServingConfig, SodConfig
 from sod_mcore.config_file import fail, load_config
-from sod_mcore.outcome import ENDED_FILE, EXIT_STOPPED, read_outcome
+from sod_mcore.outcome import (
+    ENDED_FILE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    Outcome,
+    read_outcome,
+    write_outcome,
+)
 from sod_mcore.serving.children import Child, forward_signal, shell_exit_code
 from sod_mcore.serving.fleet import Endpoints, FleetError, endpoints_path
 from sod_mcore.serving.supervisor import POLL_SECONDS, Fleet
@@ -47,12 +56,38 @@ def main(arguments: Sequence[str]) -> int:
         if config.serving is None:
             raise ConfigError("serving is missing; nothing to serve without that section")
         before = _outcome_written(config)
-        code = asyncio.run(_serve(config.serving, config.serving_directory, command))
-        if command and _outcome_written(config) != before:
-            return _unless_run_was_stopped(config, code)
-        return code
+        try:
+            code = asyncio.run(_serve(config, config.serving, command))
+        except FleetError as error:
+            return _report_dead_fleet(config, error, before)
+        return _report_command(config, code, before) if command else code
     except ConfigError as error:
         fail(str(error))
+
+
+def _report_dead_fleet(config: SodConfig, error: FleetError, before: int | None) -> int:
+    """Say why, after all that the command printed; the run failed, even if it could still save."""
+    if _outcome_written(config) != before:
+        directory = Path(config.run.directory)
+        outcome = read_outcome(directory)
+        steps = outcome.completed_steps if outcome is not None else 0
+        write_outcome(directory, Outcome("failed", steps, str(error).partition("\n")[0]))
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_FAILED
+
+
+def _report_command(config: SodConfig, code: int, before: int | None) -> int:
+    """The exit code for the command; if it failed, the last line printed tells why."""
+    outcome = None
+    if _outcome_written(config) != before:
+        outcome = read_outcome(Path(config.run.directory))
+    if outcome is not None and outcome.outcome == "stopped":
+        return EXIT_STOPPED
+    if code != 0:
+        reason = f": {outcome.reason}" if outcome is not None else ""
+        problem = f"error: the command ended with exit code {code}{reason}"
+        print(problem, file=sys.stderr, flush=True)
+    return code
 
 
 def _outcome_written(config: SodConfig) -> int | None:
@@ -60,11 +95,6 @@ def _outcome_written(config: SodConfig) -> int | None:
     with contextlib.suppress(FileNotFoundError):
         return (Path(config.run.directory) / ENDED_FILE).stat().st_mtime_ns
     return None
-
-
-def _unless_run_was_stopped(config: SodConfig, code: int) -> int:
-    outcome = read_outcome(Path(config.run.directory))
-    return EXIT_STOPPED if outcome is not None and outcome.outcome == "stopped" else code
 
 
 @dataclass
@@ -81,7 +111,13 @@ class _Signals:
             self.stop.set()
 
 
-async def _serve(serving: ServingConfig, directory: Path, command: Sequence[str]) -> int:
+async def _serve(config: SodConfig, serving: ServingConfig, command: Sequence[str]) -> int:
+    """Serve until the command or a signal ends it; nothing runs any more on return.
+
+    Raises:
+        FleetError: the models could not be served, or an engine died.
+    """
+    directory = config.serving_directory
     signals = _Signals()
     loop = asyncio.get_running_loop()
     for number in PASSED_SIGNALS:
@@ -93,11 +129,9 @@ async def _serve(serving: ServingConfig, directory: Path, command: Sequence[str]
             return 128 + signal.SIGTERM
         _print_addresses(endpoints, directory)
         if command:
-            return await _run_command(fleet, signals, command)
+            grace_seconds = config.run.stop_grace_seconds
+            return await _run_command(fleet, signals, command, grace_seconds)
         return await _run_until_stopped(fleet, signals.stop)
-    except FleetError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
     finally:
         _say("stopping")
         await fleet.stop()
@@ -128,9 +162,23 @@ async def _run_until_stopped(fleet: Fleet, stop: asyncio.Event) -> int:
     return 0
 
 
-async def _run_command(fleet: Fleet, signals: _Signals, command: Sequence[str]) -> int:
+async def _run_command(
+    fleet: Fleet, signals: _Signals, command: Sequence[str], grace_seconds: float
+) -> int:
+    """Run the command while the fleet lives.
+
+    Args:
+        grace_seconds: what the run's ranks need at most after a signal; torchrun must wait a little
+            longer before it kills them, and we before we kill torchrun.
+    """
+    shutdown = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_seconds) + 3)}
     try:
-        child = fleet.children.start("the command", command)
+        child = fleet.children.start(
+            "the command",
+            command,
+            environment={**shutdown, **os.environ},
+            grace_seconds=grace_seconds + 6,
+        )
     except OSError as error:
         raise FleetError(f"the command cannot be started: {error}") from error
     signals.command = child

@@ -15,7 +15,7 @@ from pathlib import Path
 from sod_mcore.serving import watchdog
 
 GRACE_SECONDS = 15.0
-"""Time between SIGTERM and SIGKILL."""
+"""Time that an engine gets between SIGTERM and SIGKILL."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Child:
         process: the group's leader.
         log_path: file with its standard output and error; None if it writes to ours.
         log_start: size of that file when the process was started.
+        grace_seconds: time between SIGTERM and SIGKILL.
     """
 
     name: str
     process: subprocess.Popen[bytes]
     log_path: Path | None = None
     log_start: int = 0
+    grace_seconds: float = GRACE_SECONDS
 
     @property
     def exit_code(self) -> int | None:
@@ -58,7 +60,7 @@ class Children:
 
     def __init__(self) -> None:
         self._watchdog = subprocess.Popen(
-            [sys.executable, watchdog.__file__, str(GRACE_SECONDS)],
+            [sys.executable, watchdog.__file__],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
@@ -71,6 +73,7 @@ class Children:
         *,
         environment: Mapping[str, str] | None = None,
         log_path: Path | None = None,
+        grace_seconds: float = GRACE_SECONDS,
     ) -> Child:
         """Start ``command``; with a ``log_path`` its output is appended there.
 
@@ -91,8 +94,8 @@ class Children:
                 stderr=output,
                 start_new_session=True,
             )
-        self._tell_watchdog(f"{process.pid}\n")
-        child = Child(name, process, log_path, log_start)
+        self._tell_watchdog(f"{process.pid} {grace_seconds}\n")
+        child = Child(name, process, log_path, log_start, grace_seconds)
         self._children.append(child)
         return child
 
@@ -104,7 +107,7 @@ class Children:
         """End one child's group and no longer count it."""
         self._end([child])
         self._children.remove(child)
-        self._tell_watchdog(f"-{child.process.pid}\n")
+        self._tell_watchdog(f"{child.process.pid} {watchdog.ENDED}\n")
 
     def stop(self) -> None:
         """SIGTERM to every leader, SIGKILL to what is left of the groups after the grace period."""
@@ -117,8 +120,8 @@ class Children:
         self._watchdog.wait(timeout=GRACE_SECONDS)
 
     def _end(self, children: Sequence[Child]) -> None:
-        groups = [child.process.pid for child in children]
-        watchdog.end_groups(groups, GRACE_SECONDS, reap=lambda: [c.exit_code for c in children])
+        groups = {child.process.pid: child.grace_seconds for child in children}
+        watchdog.end_groups(groups, reap=lambda: [c.exit_code for c in children])
         for child in children:
             child.process.wait(timeout=GRACE_SECONDS)
 

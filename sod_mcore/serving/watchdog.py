@@ -1,8 +1,8 @@
 """Ends the process groups of a parent that died without ending them (a SIGKILL, for instance).
 
 Runs as a program of its own with nothing but the standard library: it reads the groups from its
-standard input, one number a line (negative: that group has ended), and acts when the pipe closes
-without the farewell.
+standard input, one a line with its grace period in seconds (or that it has ended), and acts when
+the pipe closes without the farewell.
 """
 
 from __future__ import annotations
@@ -12,35 +12,43 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 FAREWELL = "done\n"
+ENDED = "ended"
 POLL_SECONDS = 0.05
+KILL_SECONDS = 5.0
+"""How long a killed process may take to go away."""
 
 
-def end_groups(
-    groups: Sequence[int], grace_seconds: float, reap: Callable[[], object] = lambda: None
-) -> None:
-    """SIGTERM to the leaders of ``groups``, SIGKILL to whatever is left after the grace period.
+def end_groups(groups: Mapping[int, float], reap: Callable[[], object] = lambda: None) -> None:
+    """SIGTERM to the leaders of ``groups``, SIGKILL to what is left of each after its grace period.
 
     Only leaders get the SIGTERM: an engine whose scheduler is ended beside it takes that for a
-    crash. ``reap`` is called while waiting, so that a parent can collect its children.
+    crash.
+
+    Args:
+        groups: the grace period in seconds of each group.
+        reap: called while waiting, so that a parent can collect its children.
     """
     for group in groups:
         with contextlib.suppress(ProcessLookupError):
             os.kill(group, signal.SIGTERM)
-    deadline = time.monotonic() + grace_seconds
-    while live_groups(groups) and time.monotonic() < deadline:
+    started = time.monotonic()
+    while live := live_groups(groups):
+        for group in live:
+            if time.monotonic() > started + groups[group]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
         reap()
+        if time.monotonic() > started + max(groups.values()) + KILL_SECONDS:
+            return  # not even a SIGKILL ends a process that waits for a broken device
         time.sleep(POLL_SECONDS)
-    for group in live_groups(groups):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
     reap()
 
 
-def live_groups(groups: Sequence[int]) -> set[int]:
+def live_groups(groups: Iterable[int]) -> set[int]:
     """The groups that still have a member which is not a zombie."""
     wanted, live = set(groups), set()
     for folder in Path("/proc").iterdir():
@@ -56,13 +64,16 @@ def live_groups(groups: Sequence[int]) -> set[int]:
 
 def main() -> None:
     """Collect the groups until the pipe closes; end them if it closed without the farewell."""
-    groups: set[int] = set()
+    groups: dict[int, float] = {}
     for line in sys.stdin:
         if line == FAREWELL:
             return
-        number = int(line)
-        (groups.add if number > 0 else groups.discard)(abs(number))
-    end_groups(sorted(groups), float(sys.argv[1]))
+        group, grace = line.split()
+        if grace == ENDED:
+            groups.pop(int(group), None)
+        else:
+            groups[int(group)] = float(grace)
+    end_groups(groups)
 
 
 if __name__ == "__main__":
