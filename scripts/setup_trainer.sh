@@ -30,10 +30,12 @@ if ! is_current $environment package "$wanted"; then
 fi
 
 if [ "${1:-}" = "--dev" ]; then
-    wanted=$(fingerprint requirements/dev.txt requirements/constraints.txt)
+    wanted=$(fingerprint requirements/dev.txt requirements/dev-nodeps.txt \
+        requirements/constraints.txt)
     if ! is_current $environment dev "$wanted"; then
         say "$environment: test and check tools"
         pip_install $environment --requirement requirements/dev.txt
+        pip_install $environment --no-deps --requirement requirements/dev-nodeps.txt
         mark_current $environment dev "$wanted"
     fi
 fi
