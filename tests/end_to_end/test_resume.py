@@ -90,7 +90,8 @@ def test_a_checkpoint_of_two_by_two_continues_on_another_layout(
         assert ours["update/lr"] == theirs["update/lr"]
         assert ours["update/tokens"] == theirs["update/tokens"]
         for name in ("update/loss", "update/grad_norm", "distillation/reverse_kl"):
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, err_msg=name)
+            # At most 4e-6 was measured.
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=5e-5, err_msg=name)
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
