@@ -138,7 +138,7 @@ def test_requeues_are_bounded(
     outcome = read_outcome(run.directory)
     assert outcome is not None
     assert outcome.outcome == "stopped"
-    assert run.steps() == list(range(1, outcome.completed_steps + 1))
+    assert run.steps() == list(range(outcome.completed_steps + 1))
     assert "restarted 1 times (MAX_RESTARTS)" in run.output()
 
 
