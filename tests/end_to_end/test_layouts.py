@@ -79,6 +79,9 @@ LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 1e-5
 """Of the tensor's largest entry, or of the whole gradient's norm, float32."""
 
+BFLOAT16_TOLERANCE = {"loss_to_eager": 5e-3, "norm_to_eager": 1e-2, "gradient_to_eager": 0.25}
+"""Measured on two batches: at most 2.1e-3, 3.9e-3 and 0.12."""
+
 
 @pytest.fixture(scope="module")
 def objectives(live_run: LiveRun) -> dict[str, AlgorithmConfig]:
@@ -246,4 +249,5 @@ def test_bfloat16(
         "gradient_to_eager": gradient_difference(update, eager.gradients),
     }
     record(differences, case, record_property)
-    assert max(differences.values()) < 1, differences
+    for name, limit in BFLOAT16_TOLERANCE.items():
+        assert differences[name] < limit, differences
