@@ -77,7 +77,7 @@ def train(
     student, first_update = open_student(config)
     group = student.layout.world_group
     directory = Path(config.sft.directory)
-    stop = StopRequest(directory / "stop", STOP_GRACE_SECONDS, ending.record_failure)
+    stop = StopRequest(directory / "stop", STOP_GRACE_SECONDS, ending.record_forced_end)
     ending.stop = stop
     log = bar = None
     if student.layout.rank == 0:

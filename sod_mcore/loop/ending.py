@@ -68,6 +68,11 @@ class Ending:
         except (OSError, ValueError) as error:
             print(f"ended.json could not be written: {error}", file=sys.stderr, flush=True)
 
+    def record_forced_end(self, reason: str) -> None:
+        """Before this rank is ended by force: record why, and end ranks that it may wait for."""
+        self.record_failure(reason)
+        _kill_stopped_siblings()
+
     def fail(self, error: Exception) -> NoReturn:
         """Record the cause, close everything, print the cause, end the process."""
         cause = cause_of(error)
@@ -139,12 +144,12 @@ def _tell_torchrun(error: Exception, cause: Cause) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    text = "".join(traceback.format_exception(error))
+    stack = "" if cause.is_expected else "".join(traceback.format_exception(error))
     report = {
         "message": {
             "message": cause.line,
             "extraInfo": {
-                "py_callstack": f"error: {cause.line}" if cause.is_expected else text,
+                "py_callstack": f"{stack}error: {cause.line}",
                 # torchrun compares whole seconds, and takes the first of equals, which may be a
                 # rank that only lost this one.
                 "timestamp": str(int(time.time()) - 1),

@@ -300,7 +300,7 @@ def open_session(config: SodConfig, ending: Ending) -> Session:
     ending.stop = stop = StopRequest(
         Path(config.run.stop_file or directory / "stop"),
         config.run.stop_grace_seconds,
-        on_overdue=ending.record_failure,
+        on_overdue=ending.record_forced_end,
     )
     return Session(
         config,

@@ -71,7 +71,7 @@ def _report_dead_fleet(config: SodConfig, error: FleetError, before: int | None)
         directory = Path(config.run.directory)
         outcome = read_outcome(directory)
         steps = outcome.completed_steps if outcome is not None else 0
-        write_outcome(directory, Outcome("failed", steps, str(error).partition("\n")[0]))
+        write_outcome(directory, Outcome("failed", steps, str(error).partition(";")[0]))
     print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_FAILED
 
