@@ -25,7 +25,8 @@ from tests.end_to_end.smollm2 import record_batch, token_logprobs, write_smollm2
 
 CONVERT = (sys.executable, "-m", "sod_mcore.convert")
 QUESTION = "What is the capital of France?"
-LEARNING_RATE = 1e-5
+LEARNING_RATE = 1e-6
+"""Adam's first update moves every weight by as much; ten times more makes the answer worse."""
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +110,9 @@ def test_one_step_of_training(folder: Path, trained: Path) -> None:
     before = load_file(folder / "model" / "model.safetensors")
     after = load_file(folder / "export" / "model.safetensors")
     for name, tensor in before.items():
-        # Adam's first update is the learning rate times a number of at most 1.
+        # Adam's first update is the learning rate times a number of at most 1, before rounding.
         change = (after[name] - tensor).abs().max()
-        assert 0 < change <= 1.1 * LEARNING_RATE, name
+        assert 0 < change <= 2 * LEARNING_RATE, name
 
 
 def test_the_export_is_served_and_answers(folder: Path, trained: Path) -> None:
@@ -120,6 +121,7 @@ def test_the_export_is_served_and_answers(folder: Path, trained: Path) -> None:
     tree = {
         "run": {"directory": f"{directory}"},
         "student": {"model_path": f"{folder / 'export'}"},
+        "data": {"train": "not read when serving"},
         "serving": {
             "python": f"{REPOSITORY / '.venv-sglang' / 'bin' / 'python'}",
             "student": engine,
@@ -141,5 +143,5 @@ def greedy_turn(folder: Path) -> str:
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32
     )
     text = renderer.turn_text(generated[0, len(prompt) :].tolist())
-    assert len(text.split()) > 5
+    assert "Paris" in text, "the weights are damaged"
     return text
