@@ -15,11 +15,7 @@ TEACHER = HERE / "teacher"
 DEFAULT_FOLDER = Path("runs/arithmetic")
 DEFAULT_SEED = 1
 
-TORCHRUN = (
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-    # After Ctrl-C the ranks finish their step and save; torchrun kills them after 30 s otherwise.
-    *("--shutdown-timeout", "120"),
-)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 
 @dataclass(frozen=True)
