@@ -23,13 +23,13 @@ from sod_mcore.data.plan import make_plan
 from sod_mcore.data.sft import read_conversations, tokenize_conversations
 from sod_mcore.loop.command_line import read_command_line
 from sod_mcore.loop.ending import Ending, ending_in_order
-from sod_mcore.loop.rank_zero import on_rank_zero
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.report.metrics import MetricsLog, require_wandb
 from sod_mcore.report.progress import Progress
 from sod_mcore.student.examples import TrainingExample
 from sod_mcore.student.model_config import ParallelSizes, check_layout
 from sod_mcore.student.parallel_state import distributed
+from sod_mcore.student.rank_zero import on_rank_zero
 from sod_mcore.student.student import Student, UpdateResult
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,6 +35,23 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
         fail()
     assert (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_failed_write_names_the_file(tmp_path: Path) -> None:
+    with only_kilobytes(1), pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
+        write_text(tmp_path / "file", "x" * 2000)
+    assert os.listdir(tmp_path) == []
+
+
+@contextmanager
+def only_kilobytes(limit: int) -> Iterator[None]:
+    """The kernel refuses to let a file of this process grow beyond ``limit``."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit << 10, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_folder_replaces_the_old_one_when_it_is_complete(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 
 from sod_mcore.config import ConfigError
 from sod_mcore.data.overlap import OverlapError
 from sod_mcore.data.parquet import DataError
-from sod_mcore.loop.rank_zero import RankZeroError
 from sod_mcore.loop.weight_sync import WeightMismatchError
 from sod_mcore.outcome import EXIT_FAILED
 from sod_mcore.rollout.pool import RolloutError
@@ -16,6 +16,7 @@ from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.fleet import FleetError
 from sod_mcore.serving.scoring import ScoringError
 from sod_mcore.serving.weight_transfer import WeightUpdateError
+from sod_mcore.student.rank_zero import RankZeroError
 
 EXIT_WRONG_SETTING = 2
 
@@ -79,5 +80,9 @@ def cause_of(error: Exception) -> Cause:
 
 
 def _operating_system_line(error: OSError) -> str:
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return f"{error.filename}: {reason}" if error.filename else str(error)
+    line = str(error)
+    if error.filename and error.errno:
+        line = f"{error.filename}: {os.strerror(error.errno)}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        line += "; make room, and the same command continues from its newest checkpoint"
+    return line

@@ -24,7 +24,6 @@ from sod_mcore.data.plan import Plan
 from sod_mcore.data.prompts import PromptSource, read_prompts
 from sod_mcore.evaluation.evaluate import evaluate_temperature
 from sod_mcore.loop.ending import Ending
-from sod_mcore.loop.rank_zero import on_rank_zero
 from sod_mcore.loop.reporting import Reporter
 from sod_mcore.loop.stop import StopRequest, StopRequested
 from sod_mcore.loop.training_examples import first_epoch, indices_in_order, scoring_examples
@@ -36,6 +35,7 @@ from sod_mcore.student.backend import choose_backend
 from sod_mcore.student.exchange import gather_objects
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed
+from sod_mcore.student.rank_zero import on_rank_zero
 from sod_mcore.student.student import Student, UpdateResult
 from sod_mcore.trajectory import Prompt, RecordedBatch
 

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from sod_mcore.config import ServingConfig
-from sod_mcore.loop.rank_zero import on_rank_zero
 from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import Endpoints
 from sod_mcore.serving.tensor_transfer import TensorTransfer
@@ -26,6 +25,7 @@ from sod_mcore.serving.weight_transfer import WeightTransfer
 from sod_mcore.serving.weights import probe_logprobs, update_weights
 from sod_mcore.student.conversion.export import NamedTensors
 from sod_mcore.student.examples import TrainingExample
+from sod_mcore.student.rank_zero import on_rank_zero
 from sod_mcore.student.student import Student
 
 PROBE_TOKENS = 64

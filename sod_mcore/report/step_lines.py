@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sod_mcore.files import write_text
+from sod_mcore.files import naming, write_text
 
 Line = dict[str, Any]
 
@@ -37,7 +37,7 @@ class StepLines:
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write ``lines`` and wait until they are on disk; NaN and infinity become null."""
         added = [_plain(line) for line in lines]
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(_text(line) for line in added)
             file.flush()
             os.fsync(file.fileno())

@@ -7,10 +7,13 @@ checkpoint in place.
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +26,19 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint import CheckpointException
 
 from sod_mcore.config import ConfigError
-from sod_mcore.files import make_empty, replace_folder, temporary_folder, write_text
+from sod_mcore.files import make_empty, naming, replace_folder, temporary_folder, write_text
 from sod_mcore.student.exchange import broadcast_from_rank0, wait_for_all
 from sod_mcore.student.model import load_parameters, sharded_parameters, unwrap
 from sod_mcore.student.optimizer import initialize_adam_state
 from sod_mcore.student.parallel_state import ParallelLayout
+from sod_mcore.student.rank_zero import on_rank_zero
 
 LATEST = "latest"
 PROGRESS = "progress.json"
+DISK_PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,19 @@ def save(
         directory: a folder that all ranks see.
         progress: JSON-able; comes back from :func:`load_newest`.
         keep: newest checkpoints that are kept, this one included.
+
+    Raises:
+        OSError: the disk is full, for instance; the unfinished checkpoint is removed.
+        RankZeroError: on the other ranks, when rank 0 tells what failed.
     """
-    folder = directory / f"step_{step:08d}"
+    folder, group = directory / f"step_{step:08d}", state.layout.world_group
     temporary = temporary_folder(folder)
-    _on_rank_zero(state, lambda: make_empty(temporary))
-    dist_checkpointing.save(_sharded_state(state, is_loading=False), str(temporary))
-    torch.save(_random_states(), _random_file(temporary, state.layout.rank))
-    wait_for_all(state.layout.world_group)
-    _on_rank_zero(state, lambda: _complete(temporary, folder, state, progress, keep))
+    with _removed_on_failure(temporary), naming(directory):
+        on_rank_zero(lambda: make_empty(temporary), group)
+        _write_tensors(state, temporary)
+        _write_random_states(_random_file(temporary, state.layout.rank))
+        wait_for_all(group)
+        on_rank_zero(lambda: _complete(temporary, folder, state, progress, keep), group)
 
 
 def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
@@ -76,7 +87,7 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
     Raises:
         ConfigError: it was saved by another kind of optimizer.
     """
-    _on_rank_zero(state, lambda: _remove_unfinished(directory))
+    on_rank_zero(lambda: _remove_unfinished(directory), state.layout.world_group)
     newest = (_newest_complete(directory),) if state.layout.rank == 0 else None
     (name,) = broadcast_from_rank0(newest, state.layout.world_group)
     if name is None:
@@ -94,6 +105,35 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
         _restore_random_states(_random_file(folder, state.layout.rank))
     progress: dict[str, Any] = header["progress"]
     return progress
+
+
+@contextmanager
+def _removed_on_failure(temporary: Path) -> Iterator[None]:
+    """Each rank removes it after its own last write, so that the last of them leaves nothing."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_tensors(state: TrainingState, folder: Path) -> None:
+    def explain() -> None:
+        # Megatron drops what the disk said to the rank that wrote, so we ask it again.
+        with tempfile.TemporaryFile(dir=folder.parent) as file:
+            file.write(bytes(DISK_PROBE_BYTES))
+        raise RuntimeError(f"{folder}: a rank could not write its part; the lines above tell why")
+
+    try:
+        dist_checkpointing.save(_sharded_state(state, is_loading=False), str(folder))
+    except CheckpointException:  # no Exception; every rank gets it, before any has cleaned up
+        on_rank_zero(explain, state.layout.world_group)
+
+
+def _write_random_states(path: Path) -> None:
+    content = io.BytesIO()
+    torch.save(_random_states(), content)  # to a full disk it would not tell why it failed
+    path.write_bytes(content.getvalue())
 
 
 def _sharded_state(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:
@@ -142,19 +182,6 @@ def _newest_complete(directory: Path) -> str | None:
             return name
     complete = sorted(path.parent.name for path in directory.glob(f"step_*/{PROGRESS}"))
     return complete[-1] if complete else None
-
-
-def _on_rank_zero(state: TrainingState, work: Callable[[], None]) -> None:
-    """Do ``work`` on global rank 0; a failure there ends every rank."""
-    problem = None
-    if state.layout.rank == 0:
-        try:
-            work()
-        except OSError as error:
-            problem = str(error)
-    problem = broadcast_from_rank0((problem,), state.layout.world_group)[0]
-    if problem is not None:
-        raise OSError(f"checkpoint on rank 0: {problem}")
 
 
 def _layout_header(layout: ParallelLayout) -> dict[str, int]:

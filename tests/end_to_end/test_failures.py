@@ -26,6 +26,8 @@ from tests.end_to_end.drills import (
     steps_of,
 )
 from tests.end_to_end.programs import torchrun, write_config
+from tests.end_to_end.replays import newest_checkpoint
+from tests.end_to_end.small_disk import small_disk
 
 KILLED = "Signal 9 (SIGKILL)"
 
@@ -147,6 +149,31 @@ def test_a_killed_rank_of_another_node(config: Path, tmp_path: Path) -> None:
         assert KILLED in nodes[1].output().rpartition("Root Cause")[2]
         assert "another rank is gone" in nodes[0].output()
     assert_continues(train(config), run, tmp_path)
+
+
+def test_a_full_disk(config: Path, live_run: LiveRun, tmp_path: Path) -> None:
+    """The second checkpoint does not fit; with more room, the run goes on from the first."""
+    run = tmp_path / "run"
+    kilobytes = kilobytes_of(newest_checkpoint(live_run.directory)) * 8 // 5
+    with small_disk(run, kilobytes) as disk:
+        command, seen = disk.inside(train(config)), disk.seen_from_outside
+        with drill(command, seen, tmp_path) as it:
+            it.wait_for_step(1)
+            it.seconds_to_end(lambda: None)
+            full = f"{run / 'checkpoints'}: No space left on device"
+            assert f"\nerror: {full}" in it.output()
+            assert "Traceback" not in it.output().partition("\nerror: ")[0]
+            assert "rank 1 ends as well" in it.output()
+            assert full in it.output().rpartition("Root Cause")[2]
+            assert it.outcome().reason.startswith(full)
+        left = {path.name for path in (seen / "checkpoints").iterdir()}
+        assert left == {"step_00000001", "latest"}
+        disk.resize(10 * kilobytes)
+        assert_continues(command, seen, tmp_path)
+
+
+def kilobytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir()) >> 10
 
 
 def agent(config: Path, port: int) -> list[str]:

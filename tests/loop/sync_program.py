@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from sod_mcore.config import EngineConfig, OptimizerConfig, ServingConfig, StudentConfig
-from sod_mcore.loop.rank_zero import RankZeroError
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed
+from sod_mcore.student.rank_zero import RankZeroError
 from sod_mcore.student.student import Student
 
 BUCKET_MB = 4

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sod_mcore.files import atomic_folder
@@ -34,6 +35,9 @@ def save_hf_folder(
         source: Hugging Face folder whose configuration, tokenizer and chat template are copied.
         destination: an existing folder of this name is replaced.
         dtype: dtype of the weights; None keeps that of the tensors.
+
+    Raises:
+        OSError: the disk is full, for instance; what was there before stays.
     """
     with atomic_folder(Path(destination)) as folder:
         written = _write_weights(buckets, folder, dtype)
@@ -54,7 +58,10 @@ def _write_weights(
             continue
         tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in bucket}
         path = folder / f"part-{len(files):05d}.safetensors"
-        save_file(tensors, path, metadata={"format": "pt"})
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for instance; it names no file
+            raise OSError(f"{path} could not be written: {error}") from error
         path.chmod(0o644)  # engines may run as another user
         files.append((path, list(tensors)))
         total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
