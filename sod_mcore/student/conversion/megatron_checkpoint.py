@@ -22,6 +22,7 @@ from megatron.core.models.gpt import GPTModel
 from sod_mcore.config import ConfigError
 from sod_mcore.student.architecture import Architecture
 from sod_mcore.student.exchange import agree_on_problem
+from sod_mcore.student.model import load_parameters, sharded_parameters
 from sod_mcore.student.model_config import padded_vocab_size
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -57,10 +58,10 @@ def read_weights(model: GPTModel, architecture: Architecture, folder: Path) -> N
         ConfigError: the checkpoint holds other parameters or shapes than the model.
     """
     content = dist_checkpointing.load_content_metadata(str(folder)) or {}
-    state = model.sharded_state_dict(metadata=_sharding_metadata(content))
+    state = sharded_parameters(model, _sharding_metadata(content))
     agree_on_problem(_first_difference(state, architecture, folder))
     loaded = dist_checkpointing.load({"model": state}, str(folder))
-    model.load_state_dict(loaded["model"])
+    load_parameters(model, loaded["model"])
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
