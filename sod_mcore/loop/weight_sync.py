@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ class WeightSync:
             self._delete_other_versions(version)
             return difference
 
-        return on_rank_zero(update, self.group)
+        return on_rank_zero(update, self.group, self._engines_timeout)
 
     def _publish_tensors(self, version: int, ours: NDArray[np.float32] | None) -> float:
         buckets = self.student.hf_tensors(self._bucket_bytes)
@@ -93,7 +94,21 @@ class WeightSync:
                 # Gathering is collective: when sending fails, the other ranks are still in it.
                 _consume(buckets)
 
-        return on_rank_zero(update, self.group)
+        return on_rank_zero(update, self.group, self._engines_timeout)
+
+    @property
+    def _engines_timeout(self) -> timedelta:
+        """Longest time that rank 0 talks to the engines; beyond it, the other ranks give up.
+
+        Each answer has its own limit, and a failure there is to be told by rank 0, not cut off by
+        the timeout of collectives. One after the other come: pause, load, continue, and for each
+        engine its version and its probe; one more answer's time is for what is done between them.
+        Sent by value, the others wait for one bucket's answers at a time while they gather the
+        next: run.collective_timeout_seconds bounds that.
+        """
+        student = self.serving.student
+        engines = len(student.addresses) or student.engines
+        return timedelta(seconds=self.serving.request_timeout_seconds * (4 + 2 * engines))
 
     @property
     def _bucket_bytes(self) -> int:
