@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -48,6 +48,7 @@ class Ending:
         self.stop: StopRequest | None = None
         self._directory = directory
         self._rank = int(os.environ.get("RANK", "0"))
+        self._has_succeeded = False
 
     def clear(self) -> None:
         """Remove what an earlier start said about its end."""
@@ -55,12 +56,20 @@ class Ending:
             clear_outcome(self._directory)
 
     def succeed(self, outcome: Literal["finished", "stopped"], reason: str) -> None:
-        """Write how the run ended, on rank 0; everything that it names is on disk."""
+        """Write how the run ended, on rank 0; everything that it names is on disk.
+
+        What goes wrong from here on, while things are closed, does not change that.
+        """
         if self._rank == 0:
             write_outcome(self._directory, Outcome(outcome, self.completed_steps, reason))
+        if self.stop is not None:
+            self.stop.disarm()
+        self._has_succeeded = True
 
     def record_failure(self, reason: str, *, is_secondary: bool = False) -> None:
         """Write why the run failed; a rank that failed because of another never overrules it."""
+        if self._has_succeeded:
+            return
         try:
             if is_secondary and read_outcome(self._directory) is not None:
                 return
@@ -69,9 +78,21 @@ class Ending:
             print(f"ended.json could not be written: {error}", file=sys.stderr, flush=True)
 
     def record_forced_end(self, reason: str) -> None:
-        """Before this rank is ended by force: record why, and end ranks that it may wait for."""
-        self.record_failure(reason)
+        """Before this rank is ended by force: record why, and end ranks that it may wait for.
+
+        A rank that met the cause has said so by now; this one may only have waited for it.
+        """
+        self.record_failure(reason, is_secondary=True)
         _kill_stopped_siblings()
+
+    def close(self) -> None:
+        """Close what was opened, after all went well; a failure is told and changes nothing."""
+        try:
+            self.stack.close()
+        except Exception as error:
+            if not self._has_succeeded:
+                raise
+            print(f"while closing: {cause_of(error).line}", file=sys.stderr, flush=True)
 
     def fail(self, error: Exception) -> NoReturn:
         """Record the cause, close everything, print the cause, end the process."""
@@ -125,7 +146,7 @@ def ending_in_order(directory: Path) -> Iterator[Ending]:
     try:
         ending.clear()
         yield ending
-        ending.stack.close()
+        ending.close()
     except Exception as error:
         ending.fail(error)
     finally:
@@ -134,9 +155,13 @@ def ending_in_order(directory: Path) -> Iterator[Ending]:
 
 def _kill_stopped_siblings() -> None:
     """End ranks of this launcher that are suspended: its SIGTERM would wait in vain for 30 s."""
-    for sibling in psutil.Process(os.getppid()).children():
-        if sibling.status() == psutil.STATUS_STOPPED:
-            sibling.kill()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return  # the parent is no launcher, and its children are no ranks
+    with suppress(psutil.Error):
+        for sibling in psutil.Process(os.getppid()).children():
+            with suppress(psutil.Error):  # torchrun may collect it meanwhile
+                if sibling.status() == psutil.STATUS_STOPPED:
+                    sibling.kill()
 
 
 def _tell_torchrun(error: Exception, cause: Cause) -> None:

@@ -48,6 +48,7 @@ class StopRequest:
         self._grace_seconds = grace_seconds
         self._on_overdue = on_overdue
         self._signal_name: str | None = None
+        self._is_disarmed = False
         self._pipe, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -69,6 +70,10 @@ class StopRequest:
         """Whether a signal asked, not only the file."""
         return self._signal_name is not None
 
+    def disarm(self) -> None:
+        """End no process by force any more because of a first signal: all is saved."""
+        self._is_disarmed = True
+
     def clear(self) -> None:
         """Delete the stop file, so that the next start goes on."""
         self._stop_file.unlink(missing_ok=True)
@@ -81,14 +86,18 @@ class StopRequest:
         if second is not None:
             print("error: second signal: ended at once", file=sys.stderr, flush=True)
             os._exit(128 + second)
+        if self._is_disarmed:
+            return
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         problem = (
             f"{self._signal_name} came, and the run did not end within {self._grace_seconds:g} s "
             "(the stacks above show where it was); it continues from its newest checkpoint"
         )
-        self._on_overdue(problem)
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            self._on_overdue(problem)
+        finally:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _next_signal(self, timeout_seconds: float | None) -> int | None:
         """The next stop signal; None if none comes in time."""

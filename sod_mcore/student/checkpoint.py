@@ -85,7 +85,7 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
         the ``progress`` it was saved with, or None if there is no checkpoint.
 
     Raises:
-        ConfigError: it was saved by another kind of optimizer.
+        ConfigError: it was saved by another kind of optimizer, or a file of it is damaged.
     """
     on_rank_zero(lambda: _remove_unfinished(directory), state.layout.world_group)
     newest = (_newest_complete(directory),) if state.layout.rank == 0 else None
@@ -96,7 +96,7 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
     header = json.loads((folder / PROGRESS).read_text())
     _check_optimizer(header, _optimizer_header(state), folder)
     initialize_adam_state(state.optimizer)
-    loaded = dist_checkpointing.load(_sharded_state(state, is_loading=True), str(folder))
+    loaded = _read_tensors(state, folder)
     load_parameters(state.model, loaded["model"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     state.schedule.num_steps = 0
@@ -128,6 +128,20 @@ def _write_tensors(state: TrainingState, folder: Path) -> None:
         dist_checkpointing.save(_sharded_state(state, is_loading=False), str(folder))
     except CheckpointException:  # no Exception; every rank gets it, before any has cleaned up
         on_rank_zero(explain, state.layout.world_group)
+
+
+def _read_tensors(state: TrainingState, folder: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            _sharded_state(state, is_loading=True), str(folder)
+        )
+    except CheckpointException as error:  # no Exception; every rank gets it
+        causes = "; ".join(f"{type(e).__name__}: {e}" for e, _ in error.failures.values())
+        raise ConfigError(
+            f"{folder} cannot be read ({causes}); restore its files, or remove the folder to "
+            "continue from an older checkpoint"
+        ) from error
+    return loaded
 
 
 def _write_random_states(path: Path) -> None:
