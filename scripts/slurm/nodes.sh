@@ -40,7 +40,12 @@ start_engines() {
     ENGINES=$!
     "$PYTHON" -m sod_mcore.cli wait-for-engines --timeout "$ENGINE_START_SECONDS" \
         "${folders[@]}" >"$ATTEMPT/addresses" &
-    await_beside $! "$ENGINES" || end_attempt $?
+    local code=0
+    await_beside $! "$ENGINES" || code=$?
+    if [ "$code" != 0 ]; then
+        stop_engines
+        end_attempt "$code"
+    fi
     mapfile -t ADDRESSES <"$ATTEMPT/addresses"
     SETTINGS+=("serving.directory=$ATTEMPT")
 }

@@ -117,7 +117,8 @@ def check_data(config: SodConfig) -> None:
     if len(train) < config.algorithm.prompts_per_step:
         raise ConfigError(
             f"algorithm.prompts_per_step is {config.algorithm.prompts_per_step}; "
-            f"data.train={config.data.train} has only {len(train)} prompts"
+            f"data.train={config.data.train} has only {len(train)} prompts: lower it, together "
+            "with algorithm.prompts_per_mini_batch, or add prompts"
         )
     held_out: list[Prompt] = []
     if config.evaluation.data is not None:

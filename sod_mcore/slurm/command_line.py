@@ -94,6 +94,7 @@ def write_job(options: argparse.Namespace) -> None:
         print(text, end="")
     else:
         write_text(options.output, text)
+        print(f"written; start it with: sbatch {options.output}", file=sys.stderr)
     print(describe(request, placement), file=sys.stderr)
 
 

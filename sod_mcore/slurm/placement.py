@@ -90,7 +90,7 @@ def _ranks_per_node(request: Request, engine_gpus: set[int]) -> int:
     if any(gpu < ranks for gpu in engine_gpus):
         raise ConfigError(
             f"serving takes GPU {min(engine_gpus)}, but the node's {ranks} ranks take GPUs 0 to "
-            f"{ranks - 1}; give the engines GPUs from {ranks} on"
+            f"{ranks - 1}; give the engines GPUs from {ranks} on, or lower --ranks-per-node"
         )
     return ranks
 

@@ -87,6 +87,8 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
+    if not path.is_dir():
+        raise ConfigError(f"CHECKPOINT is {path}: no such folder; correct the path")
     if (path / TRACKER).is_file():
         name = (path / TRACKER).read_text().strip()
         folder = path / (name if name == RELEASE else f"iter_{int(name):07d}")
