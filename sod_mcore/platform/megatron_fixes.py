@@ -86,10 +86,22 @@ def write_checkpoints_without_a_process(module: ModuleType) -> None:
     module._results_queue = results  # type: ignore[attr-defined]
 
 
+def name_pickled_storages_as_torch_does(module: ModuleType) -> None:
+    """0.19.2 puts ``safe_load_from_bytes`` in the place of ``torch.storage._load_from_bytes``.
+
+    Every tensor that is pickled afterwards names Megatron's function, which a process without
+    Megatron cannot load: SGLang's refuses it and ends. The function stays; it gets the name of the
+    one whose place it takes, so that a pickle reads the same with Megatron imported and without.
+    """
+    function = module.safe_load_from_bytes
+    function.__module__, function.__qualname__ = "torch.storage", "_load_from_bytes"
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.optimizer.distrib_optimizer": fix_distributed_optimizer,
     "megatron.core.models.common.embeddings.rope_utils": vectorize_packed_rope,
     "megatron.core.dist_checkpointing.strategies.filesystem_async": (
         write_checkpoints_without_a_process
     ),
+    "megatron.core.safe_globals": name_pickled_storages_as_torch_does,
 }

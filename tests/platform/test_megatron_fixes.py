@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,3 +70,16 @@ def test_a_saved_checkpoint_starts_no_process() -> None:
     filesystem_async.get_write_results_queue().put("result")
     assert filesystem_async.get_write_results_queue().get_nowait() == "result"
     assert multiprocessing.active_children() == before
+
+
+def test_pickled_tensors_name_nothing_of_megatron() -> None:
+    """Another process, SGLang's for instance, loads them without Megatron."""
+    program = (
+        "import pickle, sys, torch, sod_mcore.student, megatron.core\n"
+        "sys.stdout.buffer.write(pickle.dumps(torch.arange(3.0)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, timeout=120, check=True
+    )
+    assert b"megatron" not in done.stdout
+    assert torch.equal(pickle.loads(done.stdout), torch.arange(3.0))
