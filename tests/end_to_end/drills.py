@@ -111,8 +111,9 @@ class Drill:
 
     def _assert_nothing_temporary(self) -> None:
         # torchrun leaves a folder with its ranks' error files at every end, good ones included; the
-        # package wandb, once imported, two in a process that is killed.
-        foreign = re.compile(r"torchelastic_\w+|tmp\w+wandb-(media|artifacts)")
+        # package wandb, once imported, two in a process that is killed; SGLang, empty files and
+        # sockets.
+        foreign = re.compile(r"torchelastic_\w+|tmp\w+wandb-(media|artifacts)|tmp\w{8}")
         left = [p for p in self.temporary.iterdir() if not foreign.fullmatch(p.name)]
         assert not left, left
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -123,3 +124,30 @@ def test_bad_data_that_only_a_verifier_sees(
         assert it.outcome().outcome == "failed"
         assert "extra_info['dataset'] = None" in it.outcome().reason
     assert_continues(train(config, *small), run, tmp_path)
+
+
+def test_a_killed_engine(live_run: LiveRun, tmp_path: Path, record_property: Record) -> None:
+    """The service says which engine and shows its log, after all that the run has to say."""
+    run = tmp_path / "run"
+    config = configuration(live_run, run, None)
+    command = [*SERVE, str(config), "--", *train(config)]
+    with drill(command, run, tmp_path) as it:
+        wait_for_second_rollout(it)
+        engine = student_engine(it.members(), live_run.tree["serving"]["student"]["model_path"])
+        seconds = it.seconds_to_end(lambda: send(engine, signal.SIGKILL))
+        record_property("seconds_until_gone", round(seconds, 1))
+        assert it.process.returncode == 1
+        cause = "student_engine_0 ended with exit code -9"
+        before, _, after = it.output().rpartition(f"\nerror: {cause}")
+        assert "rank 0" in before or "stopped after" in before
+        log = (run / "serving" / "student_engine_0.log").read_text(errors="replace")
+        assert after.rstrip().endswith(log.rstrip().splitlines()[-1])
+        assert (it.outcome().outcome, it.outcome().reason) == ("failed", cause)
+        assert it.outcome().completed_steps == saved_step(run) == 1
+    assert_continues(command, run, tmp_path)
+
+
+def student_engine(members: Sequence[psutil.Process], model_path: str) -> psutil.Process:
+    """The first process of the engine; its children repeat its command line."""
+    found = [p for p in members if {"sglang.launch_server", model_path} <= set(p.cmdline())]
+    return min(found, key=lambda process: process.create_time())
