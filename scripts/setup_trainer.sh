@@ -22,10 +22,14 @@ if ! is_current $environment requirements "$wanted"; then
 fi
 
 mapfile -t sources < <(find csrc -type f | LC_ALL=C sort)
-wanted=$(fingerprint pyproject.toml setup.py "${sources[@]}")
+wanted="$(fingerprint pyproject.toml setup.py "${sources[@]}") CUDA ${SOD_CUDA:-auto} \
+${SOD_CUDA_ARCHITECTURES:-default} ${SOD_NVCC:-$(command -v nvcc || echo none)}"
 if ! is_current $environment package "$wanted"; then
     say "$environment: this package (compiles csrc/)"
     "$environment/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
+    # pip shows no warning of a build that went through: here is where CUDA kernels are missed.
+    "$environment/bin/python" -m sod_mcore.ops >&2 ||
+        say "operations on logits cannot be fused on every device here; the mend stands above"
     mark_current $environment package "$wanted"
 fi
 

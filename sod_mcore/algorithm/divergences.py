@@ -105,7 +105,9 @@ def topk_divergence(
         log_p_rest = _log_one_minus_sum(log_p.masked_fill(~present, -torch.inf))
     else:
         log_p_rest = student_tail_logprobs.clamp(min=STUDENT_TAIL_LOGPROB_MIN)
-    log_q_rest = (1.0 - teacher.exp().sum(-1)).clamp(TEACHER_TAIL_MIN, 1.0).log()
+    # In float64: what the teacher leaves is a small difference of numbers near 1.
+    q_rest = (1.0 - teacher.double().exp().sum(-1)).clamp(TEACHER_TAIL_MIN, 1.0)
+    log_q_rest = q_rest.log().to(log_p.dtype)
     buckets = _bucket_terms(log_p, log_q, divergence, jsd_beta).masked_fill(~present, 0.0)
     return buckets.sum(-1) + _bucket_terms(log_p_rest, log_q_rest, divergence, jsd_beta)
 

@@ -6,7 +6,10 @@ arithmetic is float32 whatever the logits are (float64 for float64 logits, for g
 takes several temporary copies of the logits' size.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,12 @@ from torch import Tensor
 
 from sod_mcore.algorithm.divergences import k2_divergence, k3_divergence, topk_divergence
 from sod_mcore.algorithm.policy_loss import clipped_token_loss
+from sod_mcore.ops.arguments import (
+    LossInputs,
+    check_linear_arguments,
+    check_logprob_arguments,
+    check_loss_arguments,
+)
 from sod_mcore.ops.collectives import max_over_ranks, sum_over_ranks
 from sod_mcore.ops.objective import Objective
 from sod_mcore.ops.result import StepWeightedKL
@@ -30,26 +39,37 @@ def vocab_parallel_logprobs(
     vocab_size: int,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each row's target and entropy of each row, over the whole vocabulary.
 
     Args:
         logits: ``[N, V/tp]`` local shard, bf16 or float32; N may be 0. Columns whose global index
             is ``vocab_size`` or more are padding: what they hold does not matter.
-        targets: ``[N]`` integer global ids in ``[0, vocab_size)``, the same on every rank.
+        targets: ``[N]`` int32 or int64 global ids in ``[0, vocab_size)``, the same on every rank;
+            -1 marks a row to leave out, whose results and gradient are 0.
         vocab_size: number of real tokens.
         temperature: divides the logits; positive.
         group: tensor-parallel group; None where the logits are whole.
+        validate: also checks values, which makes the CPU wait for the GPU.
 
     Returns:
         ``logprobs [N]`` and ``entropy [N]`` in nats, float32, the same on every rank and
         differentiable: each rank's logits receive the gradient of the full loss once.
 
     Raises:
-        ValueError: on wrong shapes, ids outside the vocabulary, or a temperature of 0 or less.
+        ValueError: on wrong shapes, dtypes, devices or layouts, a temperature of 0 or less, and
+            with ``validate`` on ids outside the vocabulary.
     """
-    shard = VocabShard.of(logits, vocab_size, group)
-    statistics = _row_statistics(logits, targets, None, temperature, shard)
+    shard = check_logprob_arguments(
+        logits,
+        targets,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        group=group,
+        validate=validate,
+    )
+    statistics = _row_statistics(logits, targets, None, None, temperature, shard)
     return statistics.logprobs, statistics.entropy
 
 
@@ -68,65 +88,144 @@ def step_weighted_kl(
     teacher_topk_logprobs: Tensor | None = None,
     objective: Objective,
     overwrite_logits: bool = False,
+    validate: bool = False,
 ) -> StepWeightedKL:
     """The loss of each sampled token as ``objective`` states it (see :class:`Objective`).
 
-    Rows are tokens of the loss; a caller drops the others beforehand. The result is not divided by
-    anything: normalising by the token count of the mini-batch is the caller's.
+    Rows are tokens of the loss; a caller drops the others beforehand, or marks them with target -1.
+    The result is not divided by anything: normalising by the token count of the mini-batch is the
+    caller's.
 
     Args:
         logits: ``[N, V/tp]`` local shard, bf16 or float32; N may be 0, and the collectives run all
             the same.
-        targets: ``[N]`` integer global ids of the sampled tokens.
+        targets: ``[N]`` int32 or int64 global ids of the sampled tokens; -1 marks a row without
+            loss, whose results and gradient are 0.
         vocab_size: number of real tokens; columns from there on are padding.
         group: tensor-parallel group; None where the logits are whole.
         temperature: divides the logits; positive.
-        token_weights: ``[N]`` ``w_k`` of each token; multiplies k2, k3 and the top-K divergence,
-            not the policy loss, whose advantages hold their weights already.
+        token_weights: ``[N]`` float32, as all that follow: ``w_k`` of each token; multiplies k2,
+            k3 and the top-K divergence, not the policy loss, whose advantages hold their weights.
         advantages: ``[N]`` total advantages.
         old_logprobs: ``[N]`` log-probs at the start of the training step, nats.
         teacher_logprobs: ``[N]`` of the sampled tokens, floored; needed by k2 and k3.
-        teacher_topk_ids: ``[N, K]`` integer global ids, distinct within a row, -1 for absent;
-            needed by the top-K divergence.
-        teacher_topk_logprobs: ``[N, K]`` nats; ignored where the id is -1; -inf counts as absent.
+        teacher_topk_ids: ``[N, K]`` int32 or int64 global ids, distinct within a row, -1 for
+            absent, K at most 128; needed by the top-K divergence. Where they are given, the result
+            has the student's log-probs of them.
+        teacher_topk_logprobs: ``[N, K]`` nats; ignored where the id is -1. An id at -inf is no
+            bucket of its own and belongs to the rest.
         objective: coefficients and divergence names.
         overwrite_logits: allows an implementation to use the logits' memory for their gradient.
             This one leaves them alone.
+        validate: also checks values, which makes the CPU wait for the GPU.
 
     Returns:
         :class:`StepWeightedKL`, float32, the same on every rank; gradients as in
         :func:`vocab_parallel_logprobs`. All arguments but ``logits`` are constants.
 
     Raises:
-        ValueError: on wrong shapes, ids outside the vocabulary, or a teacher that the objective
-            needs and that is missing or not finite.
+        ValueError: on wrong shapes, dtypes, devices or layouts, a teacher that the objective needs
+            and that is missing, and with ``validate`` on ids outside the vocabulary, ids twice in
+            a row, and numbers that are not finite.
     """
     del overwrite_logits
-    _require_teacher(objective, teacher_logprobs, teacher_topk_ids, teacher_topk_logprobs)
-    _require_rows(
-        logits.shape[0],
+    inputs = LossInputs(
         targets=targets,
         token_weights=token_weights,
         advantages=advantages,
         old_logprobs=old_logprobs,
         teacher_logprobs=teacher_logprobs,
+        teacher_topk_ids=teacher_topk_ids,
+        teacher_topk_logprobs=teacher_topk_logprobs,
+    ).detach()
+    shard = check_loss_arguments(
+        logits,
+        inputs,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        group=group,
+        objective=objective,
+        validate=validate,
     )
-    shard = VocabShard.of(logits, vocab_size, group)
-    topk_ids = None
-    if objective.needs_teacher_topk and teacher_topk_ids is not None:
-        shard.require_ids("teacher_topk_ids", teacher_topk_ids, lowest=-1)
-        assert teacher_topk_logprobs is not None  # _require_teacher
-        # What the teacher gives no probability is part of the rest, for the student as well.
-        absent = (teacher_topk_ids < 0) | torch.isneginf(teacher_topk_logprobs)
-        topk_ids = teacher_topk_ids.masked_fill(absent, -1)
-        teacher_topk_logprobs = teacher_topk_logprobs.masked_fill(absent, -torch.inf)
-    statistics = _row_statistics(logits, targets, topk_ids, temperature, shard)
+    statistics = _row_statistics(
+        logits, targets, teacher_topk_ids, inputs.teacher_topk_logprobs, temperature, shard
+    )
+    return _loss_from_statistics(statistics, inputs, objective)
 
+
+def linear_vocab_parallel_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    chunk_rows: int = 4096,
+    logits_dtype: torch.dtype | None = None,
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`vocab_parallel_logprobs` of ``hidden @ weight.T``.
+
+    Arguments as in :func:`linear_step_weighted_kl`. Where the chunked implementation stands in, the
+    entropy carries no gradient and all log-probs must get the same.
+    """
+    dtype = check_linear_arguments(hidden, weight, chunk_rows, logits_dtype)
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    return vocab_parallel_logprobs(
+        logits,
+        targets,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        group=group,
+        validate=validate,
+    )
+
+
+def linear_step_weighted_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_rows: int = 4096,
+    logits_dtype: torch.dtype | None = None,
+    **arguments: Any,
+) -> StepWeightedKL:
+    """:func:`step_weighted_kl` of ``hidden @ weight.T``: output layer and loss in one.
+
+    An implementation may compute the gradient in the forward pass, chunk by chunk, so that the
+    logits of one chunk are all that is ever alive. The loss that is differentiated must then be a
+    sum of the token losses times one number.
+
+    Args:
+        hidden: ``[N, h]`` last hidden states, bf16 or float32, the same on every rank of the group.
+            Their gradient is this rank's summand: the caller sums it over the group, as Megatron's
+            ``copy_to_tensor_model_parallel_region`` does.
+        weight: ``[V/tp, h]`` this rank's rows of the output layer, of the same dtype. A parameter
+            of Megatron's gradient buffer gets its gradient there (``main_grad``).
+        targets: ``[N]`` as in :func:`step_weighted_kl`.
+        chunk_rows: rows whose logits are alive at a time.
+        logits_dtype: float32 keeps the logits as the matrix product accumulates them; None rounds
+            them to the dtype of ``hidden``.
+        arguments: the other arguments of :func:`step_weighted_kl`, but for ``overwrite_logits``.
+
+    Raises:
+        ValueError: as :func:`step_weighted_kl`, and on shapes or dtypes of the two that do not fit.
+        RuntimeError: in the backward pass, if tokens get different gradients.
+    """
+    dtype = check_linear_arguments(hidden, weight, chunk_rows, logits_dtype)
+    return step_weighted_kl(hidden.to(dtype) @ weight.to(dtype).T, targets, **arguments)
+
+
+def _loss_from_statistics(
+    statistics: _RowStatistics, inputs: LossInputs, objective: Objective
+) -> StepWeightedKL:
+    """Everything past the logits."""
     dtype = statistics.logprobs.dtype
     policy = clipped_token_loss(
         statistics.logprobs,
-        old_logprobs.to(dtype),
-        advantages.to(dtype),
+        inputs.old_logprobs.to(dtype),
+        inputs.advantages.to(dtype),
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
         dual_clip=objective.dual_clip,
@@ -134,21 +233,32 @@ def step_weighted_kl(
     terms: dict[str, Tensor] = {}
     if objective.policy_coefficient:
         terms["policy"] = objective.policy_coefficient * policy.token_loss
-    distillation = _distillation_terms(
-        objective, statistics, teacher_logprobs, teacher_topk_logprobs
-    )
-    weights = token_weights.detach().to(dtype)
-    terms |= {name: weights * term for name, term in distillation.items()}
+    weights = inputs.token_weights.to(dtype)
+    for name, term in _distillation_terms(objective, statistics, inputs).items():
+        terms[name] = weights * term
     if objective.entropy_coefficient:
         terms["entropy"] = -objective.entropy_coefficient * statistics.entropy
+    # Chosen, not multiplied: what stands in a row without loss may be NaN.
+    is_left_out = inputs.targets < 0
+    terms = {name: term.masked_fill(is_left_out, 0.0) for name, term in terms.items()}
     return StepWeightedKL(
         token_loss=torch.stack(list(terms.values())).sum(0),
         logprobs=statistics.logprobs.detach(),
         entropy=statistics.entropy.detach(),
-        ratio=policy.ratio,
-        is_clipped=policy.is_clipped | policy.is_dual_clipped,
+        ratio=policy.ratio.masked_fill(is_left_out, 0.0),
+        is_clipped=(policy.is_clipped | policy.is_dual_clipped) & ~is_left_out,
         terms={name: term.detach() for name, term in terms.items()},
+        topk_logprobs=_reported_topk(statistics, inputs),
     )
+
+
+def _reported_topk(statistics: _RowStatistics, inputs: LossInputs) -> Tensor | None:
+    """The student's log-probs of the ids that were asked for; -inf where the id is -1."""
+    if inputs.teacher_topk_ids is None:
+        return None
+    absent = inputs.teacher_topk_ids < 0
+    reported = statistics.topk_logprobs.detach().masked_fill(absent, -torch.inf)
+    return reported.masked_fill(inputs.targets[:, None] < 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -162,26 +272,24 @@ class _RowStatistics:
 
 
 def _distillation_terms(
-    objective: Objective,
-    statistics: _RowStatistics,
-    teacher_logprobs: Tensor | None,
-    teacher_topk_logprobs: Tensor | None,
+    objective: Objective, statistics: _RowStatistics, inputs: LossInputs
 ) -> dict[str, Tensor]:
     """The terms that token weights multiply, name -> ``[N]``."""
     terms: dict[str, Tensor] = {}
     dtype = statistics.logprobs.dtype
-    if teacher_logprobs is not None:
-        teacher = teacher_logprobs.detach().to(dtype)
+    if inputs.teacher_logprobs is not None:
+        teacher = inputs.teacher_logprobs.to(dtype)
         if objective.k2_coefficient:
             k2 = k2_divergence(statistics.logprobs, teacher)
             terms["k2"] = objective.k2_coefficient * k2
         if objective.k3_coefficient:
             k3 = k3_divergence(statistics.logprobs, teacher)
             terms["k3"] = objective.k3_coefficient * k3
-    if objective.needs_teacher_topk and teacher_topk_logprobs is not None:
+    topk_logprobs, ids = inputs.teacher_topk_logprobs, inputs.teacher_topk_ids
+    if objective.needs_teacher_topk and topk_logprobs is not None and ids is not None:
         divergence = topk_divergence(
             statistics.topk_logprobs,
-            teacher_topk_logprobs.detach().to(dtype),
+            topk_logprobs.to(dtype).masked_fill(ids < 0, -torch.inf),
             divergence=objective.topk_divergence,
             jsd_beta=objective.jsd_beta,
             student_tail_logprobs=statistics.tail_logprobs,
@@ -194,27 +302,22 @@ def _row_statistics(
     logits: Tensor,
     targets: Tensor,
     topk_ids: Tensor | None,
+    teacher_topk_logprobs: Tensor | None,
     temperature: float,
     shard: VocabShard,
 ) -> _RowStatistics:
     """One maximum and one sum over the group give everything."""
-    if not temperature > 0.0:
-        raise ValueError(
-            f"temperature={temperature} must be positive; greedy rollouts have no distribution to "
-            "train, use 1.0"
-        )
-    num_rows = logits.shape[0]
-    _require_rows(num_rows, targets=targets)
-    shard.require_ids("targets", targets)
     if topk_ids is None:
-        topk_ids = targets.new_empty(num_rows, 0)
-    elif topk_ids.dim() != 2 or topk_ids.shape[0] != num_rows:
-        raise ValueError(
-            f"teacher_topk_ids has shape {tuple(topk_ids.shape)}; it must be [{num_rows}, K]"
-        )
+        topk_ids = targets.new_empty(targets.shape[0], 0)
+    is_bucket = topk_ids >= 0
+    if teacher_topk_logprobs is not None:
+        # What the teacher gives no probability is part of the rest, for the student as well.
+        is_bucket = is_bucket & ~torch.isneginf(teacher_topk_logprobs)
+    is_left_out = targets < 0
     dtype = torch.promote_types(logits.dtype, torch.float32)
     # Slicing, not masking: a padding column cannot even pass on a NaN, and its gradient is 0.
     scaled = logits[:, : shard.num_valid_columns].to(dtype) / temperature
+    scaled = scaled.masked_fill(is_left_out[:, None], 0.0)
     shifted = scaled - _row_max(scaled, shard)[:, None]
 
     column, is_owned = shard.locate(torch.cat([targets[:, None], topk_ids], dim=1))
@@ -224,7 +327,7 @@ def _row_statistics(
             exp.sum(1, keepdim=True),
             # 0 * -inf, for a column masked to -inf, would be NaN.
             (exp * shifted.clamp(min=-1e4)).sum(1, keepdim=True),
-            _sum_without(exp, column[:, 1:], is_owned[:, 1:]),
+            _sum_without(exp, column[:, 1:], is_owned[:, 1:] & is_bucket),
             gather_owned(shifted, column, is_owned),
         ],
         dim=1,
@@ -234,8 +337,8 @@ def _row_statistics(
     log_sum = exp_sum.log()
     logprobs = total[:, 3:] - log_sum[:, None]
     return _RowStatistics(
-        logprobs=logprobs[:, 0],
-        entropy=log_sum - exp_shifted_sum / exp_sum,
+        logprobs=logprobs[:, 0].masked_fill(is_left_out, 0.0),
+        entropy=(log_sum - exp_shifted_sum / exp_sum).masked_fill(is_left_out, 0.0),
         topk_logprobs=logprobs[:, 1:],
         # Summed over the columns that remain: 1 - sum(p_k) would have lost its digits.
         tail_logprobs=tail_sum.clamp(min=SMALLEST_SUM).log() - log_sum,
@@ -256,49 +359,3 @@ def _sum_without(exp: Tensor, column: Tensor, is_owned: Tensor) -> Tensor:
     hits = torch.zeros(exp.shape, dtype=torch.int32, device=exp.device)
     hits.scatter_add_(1, column, is_owned.int())
     return exp.masked_fill(hits > 0, 0.0).sum(1, keepdim=True)
-
-
-def _require_rows(num_rows: int, **arguments: Tensor | None) -> None:
-    for name, values in arguments.items():
-        if values is not None and values.shape != (num_rows,):
-            raise ValueError(
-                f"{name} has shape {tuple(values.shape)}; it must be [{num_rows}], one value for "
-                "each row of logits"
-            )
-
-
-def _require_teacher(
-    objective: Objective,
-    teacher_logprobs: Tensor | None,
-    teacher_topk_ids: Tensor | None,
-    teacher_topk_logprobs: Tensor | None,
-) -> None:
-    if objective.needs_teacher_logprobs:
-        if teacher_logprobs is None:
-            raise ValueError(
-                "teacher_logprobs is missing; k2_coefficient and k3_coefficient need it, or set "
-                "them to 0"
-            )
-        if not bool(torch.isfinite(teacher_logprobs).all()):
-            raise ValueError(
-                "teacher_logprobs is not finite everywhere; pass it through "
-                "algorithm.floor_logprobs, and drop rows that were not scored"
-            )
-    if not objective.needs_teacher_topk:
-        return
-    if teacher_topk_ids is None or teacher_topk_logprobs is None:
-        raise ValueError(
-            "teacher_topk_ids and teacher_topk_logprobs are missing; topk_coefficient needs both, "
-            "or set it to 0"
-        )
-    if teacher_topk_ids.shape != teacher_topk_logprobs.shape:
-        raise ValueError(
-            f"teacher_topk_ids has shape {tuple(teacher_topk_ids.shape)}, teacher_topk_logprobs "
-            f"{tuple(teacher_topk_logprobs.shape)}; they must be equal"
-        )
-    present = teacher_topk_logprobs[teacher_topk_ids >= 0]
-    if bool((present.isnan() | torch.isposinf(present)).any()):
-        raise ValueError(
-            "teacher_topk_logprobs holds NaN or +inf at an id that is present; mark an entry that "
-            "was not scored with id -1"
-        )

@@ -20,3 +20,4 @@ class StepWeightedKL:
     ratio: Tensor  # [N] exp(logprobs - old_logprobs)
     is_clipped: Tensor  # [N] bool: a clip bound, dual clip included, took the policy gradient away
     terms: dict[str, Tensor]  # name -> [N]
+    topk_logprobs: Tensor | None  # [N, K] the student's, -inf where the id is -1; None without ids

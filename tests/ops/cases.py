@@ -45,6 +45,7 @@ CASES = [
     Case("jsd", 40, 48, 6, JSD, temperature=1.3),
     Case("bfloat16", 37, 48, 6, EVERYTHING, dtype=torch.bfloat16),
     Case("a-shard-of-padding-alone", 21, 48, 6, EVERYTHING),
+    Case("wide-top-k", 1000, 1024, 6, EVERYTHING, top_k=128, temperature=0.9),
     Case("no-rows", 37, 48, 0, EVERYTHING),
     Case("wide-logits", 37, 48, 6, WITHOUT_K3, scale=25.0),
 ]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sod_mcore import ops
 from sod_mcore.algorithm import policy_loss
-from sod_mcore.ops import Objective, StepWeightedKL, step_weighted_kl, vocab_parallel_logprobs
+from sod_mcore.ops import Objective, StepWeightedKL
+from sod_mcore.ops.reference import step_weighted_kl, vocab_parallel_logprobs
 from tests.ops.cases import CASES, EVERYTHING, Case, make_inputs
 from tests.ops.full_vocabulary import token_terms
 
@@ -23,6 +23,7 @@ def run(case: Case, logits: Tensor, arguments: dict[str, Any], **changes: Any) -
         "group": None,
         "temperature": case.temperature,
         "objective": case.objective,
+        "validate": True,
     }
     return step_weighted_kl(logits, **{**options, **arguments, **changes})
 
@@ -247,10 +248,17 @@ def test_terms_with_coefficient_zero_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": torch.tensor([0, 1, 2, 3, 4, 37])}, r"targets holds 37; .* \[0, 37\)"),
+        ({"targets": torch.tensor([0, 1, 2, 3, 4, 37])}, r"targets holds 37; .* \[-1, 37\)"),
+        ({"targets": torch.zeros(6)}, r"targets has dtype torch\.float32"),
         ({"teacher_topk_ids": torch.full((6, 5), -2)}, "teacher_topk_ids holds -2"),
-        ({"teacher_topk_ids": None}, "teacher_topk_ids and teacher_topk_logprobs are missing"),
-        ({"teacher_topk_ids": torch.zeros(6, 4).long()}, r"teacher_topk_ids has shape \(6, 4\)"),
+        ({"teacher_topk_ids": torch.zeros(6, 5).long()}, "teacher_topk_ids holds an id twice"),
+        ({"teacher_topk_ids": None}, "teacher_topk_logprobs is given without teacher_topk_ids"),
+        ({"teacher_topk_logprobs": None}, "teacher_topk_logprobs are missing"),
+        ({"teacher_topk_ids": torch.zeros(5, 5).long()}, r"teacher_topk_ids has shape \(5, 5\)"),
+        ({"teacher_topk_ids": torch.zeros(6, 129).long()}, "K at most 128"),
+        ({"advantages": torch.full((6,), math.nan)}, "advantages is not finite"),
+        ({"advantages": torch.zeros(6).double()}, r"advantages has dtype torch\.float64"),
+        ({"advantages": torch.zeros(6, device="meta")}, "advantages is on meta, logits on cpu"),
         ({"teacher_topk_logprobs": torch.full((6, 5), math.nan)}, "holds NaN"),
         ({"teacher_logprobs": None}, "teacher_logprobs is missing"),
         ({"teacher_logprobs": torch.full((6,), -math.inf)}, "teacher_logprobs is not finite"),
@@ -264,8 +272,3 @@ def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     logits, arguments = make_inputs(case)
     with pytest.raises(ValueError, match=message):
         run(case, logits, arguments, **changes)
-
-
-def test_the_package_exports_the_names_that_the_trainer_uses() -> None:
-    assert ops.step_weighted_kl is ops.reference.step_weighted_kl
-    assert ops.vocab_parallel_logprobs is ops.reference.vocab_parallel_logprobs

@@ -1,0 +1,205 @@
+"""The fused operations: logits are read once forward, and read and overwritten once backward.
+
+Nothing of the logits' size is made beside them (where they may be overwritten), O(N K) is saved,
+and the tensor-parallel ranks talk once. The arithmetic is csrc/'s; the definition that it is tested
+against is :mod:`sod_mcore.ops.reference`, with the same signatures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sod_mcore.ops.arguments import (
+    LossInputs,
+    check_layout,
+    check_logprob_arguments,
+    check_loss_arguments,
+)
+from sod_mcore.ops.kernels import GradientCoefficients, Kernels, TokenIds, named_terms
+from sod_mcore.ops.objective import Objective
+from sod_mcore.ops.result import StepWeightedKL
+
+
+def vocab_parallel_logprobs(
+    extension: ModuleType,
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`sod_mcore.ops.reference.vocab_parallel_logprobs` on the extension's kernels."""
+    shard = check_logprob_arguments(
+        logits,
+        targets,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        group=group,
+        validate=validate,
+    )
+    check_layout(logits)
+    kernels = Kernels(extension, shard, 1.0 / temperature)
+    logprobs, entropy = _Logprobs.apply(logits, targets.contiguous(), kernels)
+    return logprobs, entropy
+
+
+def step_weighted_kl(
+    extension: ModuleType,
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    temperature: float,
+    token_weights: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor,
+    teacher_logprobs: Tensor | None = None,
+    teacher_topk_ids: Tensor | None = None,
+    teacher_topk_logprobs: Tensor | None = None,
+    objective: Objective,
+    overwrite_logits: bool = False,
+    validate: bool = False,
+) -> StepWeightedKL:
+    """:func:`sod_mcore.ops.reference.step_weighted_kl` on the extension's kernels."""
+    inputs = LossInputs(
+        targets=targets,
+        token_weights=token_weights,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        teacher_logprobs=teacher_logprobs,
+        teacher_topk_ids=teacher_topk_ids,
+        teacher_topk_logprobs=teacher_topk_logprobs,
+    ).detach()
+    shard = check_loss_arguments(
+        logits,
+        inputs,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        group=group,
+        objective=objective,
+        validate=validate,
+    )
+    check_layout(logits)
+    call = _Call(Kernels(extension, shard, 1.0 / temperature), inputs, objective, overwrite_logits)
+    token_loss, logprobs, entropy, ratio, is_clipped, terms, topk_logprobs = _StepWeightedKL.apply(
+        logits, call
+    )
+    return StepWeightedKL(
+        token_loss=token_loss,
+        logprobs=logprobs,
+        entropy=entropy,
+        ratio=ratio,
+        is_clipped=is_clipped,
+        terms=named_terms(terms, objective),
+        topk_logprobs=topk_logprobs,
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one call beside the logits."""
+
+    kernels: Kernels
+    inputs: LossInputs
+    objective: Objective
+    overwrite_logits: bool
+
+
+class _Logprobs(torch.autograd.Function):
+    """Log-prob of the target and entropy of each row, both differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        ids = TokenIds(targets)
+        statistics = kernels.summed_statistics(logits, ids)
+        result = kernels.token_loss(statistics, ids, Objective(), None)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, targets, statistics)
+        ctx.kernels = kernels
+        return result.logprobs, result.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None
+        logits, targets, statistics = ctx.saved_tensors
+        ids = TokenIds(targets)
+        coefficients = ctx.kernels.logprob_coefficients(
+            statistics, ids, grad_logprobs, grad_entropy
+        )
+        gradient = torch.empty_like(logits)
+        ctx.kernels.write_gradient(logits, ids, coefficients, None, gradient)
+        return gradient, None, None
+
+
+class _StepWeightedKL(torch.autograd.Function):
+    """The token loss, differentiable, and the values reported beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: _Call) -> tuple[Tensor | None, ...]:
+        inputs, kernels = call.inputs, call.kernels
+        ids = TokenIds(
+            inputs.targets, inputs.teacher_topk_ids, inputs.teacher_topk_logprobs
+        ).contiguous()
+        statistics = kernels.summed_statistics(logits, ids)
+        result = kernels.token_loss(statistics, ids, call.objective, inputs)
+        reported = (
+            result.logprobs,
+            result.entropy,
+            result.ratio,
+            result.is_clipped,
+            result.terms,
+            result.topk_logprobs,
+        )
+        ctx.mark_non_differentiable(*(values for values in reported if values is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            logits,
+            ids.targets,
+            ids.topk_ids,
+            ids.teacher_topk_logprobs,
+            result.coefficients.dense,
+            result.coefficients.sparse,
+        )
+        ctx.kernels, ctx.overwrite_logits, ctx.is_consumed = kernels, call.overwrite_logits, False
+        return result.token_loss, *reported
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_token_loss: Tensor | None, *unused: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        if grad_token_loss is None:
+            return None, None
+        if ctx.is_consumed:
+            raise RuntimeError(
+                "step_weighted_kl was differentiated twice with overwrite_logits=True: the first "
+                "backward pass wrote the gradient over the logits. Pass overwrite_logits=False"
+            )
+        logits, targets, topk_ids, teacher_topk_logprobs, dense, sparse = ctx.saved_tensors
+        ids = TokenIds(targets, topk_ids, teacher_topk_logprobs)
+        if ctx.overwrite_logits:
+            gradient, ctx.is_consumed = logits.detach(), True
+        else:
+            gradient = torch.empty_like(logits)
+        coefficients = GradientCoefficients(dense, sparse)
+        ctx.kernels.write_gradient(logits, ids, coefficients, grad_token_loss, gradient)
+        if ctx.overwrite_logits:
+            # Whoever else saved the logits for a backward pass of its own is told by autograd.
+            torch.autograd.graph.increment_version(logits)
+        return gradient, None
