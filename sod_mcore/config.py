@@ -70,6 +70,15 @@ class StudentConfig:
     """How trajectories share a micro-batch: end to end in one row, or one row each with padding."""
     micro_batch_tokens: Positive = 16384
     """Upper bound of tokens a micro-batch (padding included); a longer trajectory gets its own."""
+    lm_head: Literal["full", "chunked"] = "full"
+    """Output layer and loss: "full" has the logits of a micro-batch's loss tokens at once and
+    overwrites them by their gradient; "chunked" has those of lm_head_chunk_rows tokens at a time,
+    for long micro-batches on one or two tensor-parallel ranks."""
+    lm_head_chunk_rows: Positive = 4096
+    """Tokens whose logits "chunked" holds at a time."""
+    lm_head_dtype: Literal["bf16", "fp32"] | None = None
+    """Precision of the logits; null takes the model's. bf16 logits put noise of some hundredths of
+    a nat on a log-prob; fp32 ones of a bf16 model need lm_head: chunked."""
     transformer_implementation: Literal["auto", "transformer_engine", "local"] = "auto"
     """Whose transformer layers: "auto" takes Transformer Engine's where they can be used (it is
     installed, CUDA is there, precision is bf16), else Megatron's own with torch's attention."""

@@ -73,9 +73,41 @@ class TrainingExample:
         """Number of tokens that carry loss."""
         return int(np.count_nonzero(self.loss_mask))
 
+    def check_values(self, vocab_size: int) -> None:
+        """Refuse values that no loss can be made of; the operations on logits trust them.
+
+        Raises:
+            ValueError: an id outside the vocabulary, candidates twice in a row, or a number that
+                is not finite where the token carries loss.
+        """
+        _check_ids("token_ids", self.token_ids, vocab_size, lowest=0)
+        for name in _PER_TOKEN:
+            values = getattr(self, name)
+            if values is not None and not np.isfinite(values[self.loss_mask]).all():
+                raise ValueError(f"{name} is not finite at a token that carries loss")
+        if self.teacher_topk_ids is None or self.teacher_topk_logprobs is None:
+            return
+        ids = self.teacher_topk_ids[self.loss_mask]
+        _check_ids("teacher_topk_ids", ids, vocab_size, lowest=-1)
+        ordered = np.sort(ids, axis=1)
+        if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+            raise ValueError("teacher_topk_ids holds an id twice for one token")
+        logprobs = self.teacher_topk_logprobs[self.loss_mask][ids >= 0]
+        if (np.isnan(logprobs) | np.isposinf(logprobs)).any():
+            raise ValueError("teacher_topk_logprobs holds NaN or +inf at an id that is present")
+
 
 def _check(name: str, value: NDArray[Any] | None, dtype: Any, shape: tuple[int, ...]) -> None:
     if value is not None and (value.dtype != dtype or value.shape != shape):
         raise ValueError(
             f"{name} is {value.dtype}{list(value.shape)}; it must be {np.dtype(dtype)}{list(shape)}"
+        )
+
+
+def _check_ids(name: str, ids: NDArray[np.int32], vocab_size: int, *, lowest: int) -> None:
+    outside = ids[(ids < lowest) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"{name} holds {outside[0]}; ids must lie in [{lowest}, {vocab_size}). Do student and "
+            "data share one tokenizer?"
         )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from sod_mcore import ops
 from sod_mcore.student.examples import TrainingExample
 from sod_mcore.student.output import OutputContext, token_logprobs, token_losses
+from sod_mcore.student.output_head import OutputHead
 from sod_mcore.student.packing import Packing, pack_micro_batch, split_by_example
 from sod_mcore.student.parallel_state import ParallelLayout
 
@@ -38,6 +39,7 @@ class Schedule:
         vocab_size: number of real tokens.
         packing: how trajectories share a micro-batch.
         length_multiple: see :func:`sod_mcore.student.packing.pack_micro_batch`.
+        head: output layer and loss.
     """
 
     model: DistributedDataParallel
@@ -45,6 +47,7 @@ class Schedule:
     vocab_size: int
     packing: Packing
     length_multiple: int
+    head: OutputHead
 
     def accumulate_gradients(
         self, micro_batches: MicroBatches, objective: ops.Objective | None
@@ -97,6 +100,10 @@ class Schedule:
         *,
         forward_only: bool,
     ) -> list[Any]:
+        for micro_batch in micro_batches:
+            for example in micro_batch:
+                example.check_values(self.vocab_size)
+
         def forward_step(
             iterator: Iterator[Sequence[TrainingExample]], model: DistributedDataParallel
         ) -> tuple[torch.Tensor, Callable[..., Any]]:
@@ -110,6 +117,7 @@ class Schedule:
                 loss_rows=micro_batch.loss_rows,
                 vocab_size=self.vocab_size,
                 group=mpu.get_tensor_model_parallel_group(),
+                head=self.head,
                 objective=objective,
             )
             output = model(

@@ -116,6 +116,7 @@ def check_layout(
         if field in _FROM_PRECISION:
             raise ConfigError(f"student.megatron.{field}: set student.precision instead")
     _check_backend(student)
+    _check_lm_head(student)
     sizes = _parallel_sizes(student.megatron, world_size)
     _check_divisibility(architecture, student.megatron, sizes)
     if optimizer is not None:
@@ -150,6 +151,23 @@ def _check_backend(student: StudentConfig) -> None:
         raise ConfigError(
             "student.megatron.apply_rope_fusion is true, but it needs TransformerEngine's layers: "
             f"{backend.reason}; mend that, or remove it"
+        )
+
+
+def _check_lm_head(student: StudentConfig) -> None:
+    """Refuse logits of a precision that the output layer cannot give."""
+    wanted = student.lm_head_dtype
+    if wanted is None or wanted == student.precision:
+        return
+    if wanted == "bf16":
+        raise ConfigError(
+            "student.lm_head_dtype is 'bf16', but student.precision is 'fp32': logits are at least "
+            "as precise as the model; set it to fp32 or remove it"
+        )
+    if student.lm_head == "full":
+        raise ConfigError(
+            "student.lm_head_dtype is 'fp32' with student.precision 'bf16', but Megatron's output "
+            "layer rounds its logits to bf16; set student.lm_head to chunked, or remove it"
         )
 
 

@@ -31,6 +31,7 @@ from sod_mcore.student.forward_backward import MicroBatches, Schedule
 from sod_mcore.student.model import build_model, unwrap
 from sod_mcore.student.optimizer import build_optimizer, build_schedule
 from sod_mcore.student.output import TERM_PREFIX
+from sod_mcore.student.output_head import make_output_head
 from sod_mcore.student.parallel_state import ParallelLayout, current_layout, seed_everything
 
 EXPORT_BUCKET_BYTES = 1 << 30
@@ -119,6 +120,7 @@ class Student:
                 vocab_size=architecture.vocab_size,
                 packing=student.packing,
                 length_multiple=layout.tensor_parallel_size if config.sequence_parallel else 1,
+                head=make_output_head(student),
             ),
             source_folder=Path(student.model_path),
         )

@@ -36,6 +36,8 @@ class LayoutCase:
     Attributes:
         objective: which of the test's objectives it trains on.
         micro_batch_tokens: 16384 holds the whole batch in one micro-batch.
+        lm_head: all logits at once, or those of 100 tokens at a time.
+        ops: the compiled operations, or those in eager torch.
     """
 
     name: str
@@ -49,6 +51,8 @@ class LayoutCase:
     packing: str = "packed"
     micro_batch_tokens: int = 16384
     precision: str = "fp32"
+    lm_head: str = "full"
+    ops: str = "fused"
     ddp: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,6 +67,8 @@ class LayoutCase:
         parts += ["recompute"] * self.recompute
         parts += ["distributed optimizer"] * self.distributed_optimizer
         parts += ["overlapped communication"] * bool(self.ddp)
+        parts += ["chunked output layer"] * (self.lm_head == "chunked")
+        parts += ["eager operations"] * (self.ops == "eager")
         parts += [self.packing, f"{self.micro_batch_tokens} tokens", self.precision, self.objective]
         return ", ".join(parts)
 
@@ -102,7 +108,7 @@ def run_update(
     config = write_config(folder / "layout.yaml", tree)
     batch = live_run.recordings / "step_000000.npz"
     command = torchrun(case.processes, "pretrain_sod.py", str(config), "--replay", str(batch))
-    run(command)
+    run(command, variables={"SOD_OPS": case.ops})
     before, after = (load_file(path / "model.safetensors") for path in (student, export))
     return Update(
         metrics=metrics(folder / "run")[-1],
@@ -126,5 +132,7 @@ def _student_section(case: LayoutCase, folder: Path) -> dict[str, Any]:
         "precision": case.precision,
         "packing": case.packing,
         "micro_batch_tokens": case.micro_batch_tokens,
+        "lm_head": case.lm_head,
+        "lm_head_chunk_rows": 100,
         "megatron": megatron,
     }

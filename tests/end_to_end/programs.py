@@ -22,12 +22,16 @@ def torchrun(processes: int, *command: str) -> list[str]:
     return [*launcher, "--nproc-per-node", str(processes), *command]
 
 
-def run(command: Sequence[str], timeout_seconds: float = 300) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[str],
+    timeout_seconds: float = 300,
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository; its output becomes the test's when it fails."""
     done = subprocess.run(
         command,
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment() | dict(variables or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

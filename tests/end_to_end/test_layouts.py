@@ -30,6 +30,15 @@ FLOAT32_CASES = (
     LayoutCase("dp2_padded", "paper", data=2, packing="padded", micro_batch_tokens=400),
     LayoutCase("tp2_pp2", "paper", tensor=2, pipeline=2, micro_batch_tokens=700),
     LayoutCase("tp1_clipped", "clipped", packing="padded"),
+    LayoutCase("tp1_eager_operations", "clipped", ops="eager"),
+    LayoutCase(
+        "tp2_pp2_chunked",
+        "clipped",
+        tensor=2,
+        pipeline=2,
+        micro_batch_tokens=700,
+        lm_head="chunked",
+    ),
     LayoutCase("tp2_recompute", "clipped", tensor=2, recompute=True, micro_batch_tokens=1024),
     LayoutCase("pp2_padded", "clipped", pipeline=2, packing="padded", micro_batch_tokens=400),
     LayoutCase(

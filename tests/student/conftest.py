@@ -10,6 +10,7 @@ import pytest
 from tests.student.harness import Case, launch, write_models
 
 GRADIENTS = ("logprobs", "sft_gradient", "objective_gradient")
+CHUNKED = {"lm_head": "chunked", "lm_head_chunk_rows": 7}
 Results = dict[str, dict[str, Any]]
 
 ONE_RANK = (
@@ -18,6 +19,8 @@ ONE_RANK = (
     Case("one_by_one", "tied", GRADIENTS, split=(1, 2, 2, 4, 6)),
     Case("all_in_one", "untied", GRADIENTS, split=(6,)),
     Case("qwen2", "qwen2", (*GRADIENTS, "round_trip")),
+    Case("chunked", "tied", GRADIENTS, student=CHUNKED),
+    Case("chunked_untied", "untied", GRADIENTS, split=(6,), student=CHUNKED),
     Case("train", "tied", ("train", "empty")),
     Case("resume_tied", "tied", ("resume",)),
 )
@@ -68,6 +71,33 @@ TWO_RANKS = (
         ddp={"overlap_grad_reduce": True, "overlap_param_gather": True},
     ),
     Case("tp2_bf16", "tied", ("logprobs", "train"), tensor=2, precision="bf16"),
+    Case("tp2_chunked", "tied", GRADIENTS, tensor=2, student=CHUNKED),
+    Case(
+        "tp2_sp_chunked_untied",
+        "untied",
+        GRADIENTS,
+        tensor=2,
+        sequence_parallel=True,
+        split=(1, 1, 6),
+        student=CHUNKED,
+    ),
+    Case("pp2_chunked", "tied", (*GRADIENTS, "empty"), pipeline=2, student=CHUNKED),
+    Case(
+        "dp2_overlap_chunked",
+        "tied",
+        GRADIENTS,
+        split=(1, 1, 3),
+        ddp={"overlap_grad_reduce": True, "bucket_size": 20_000},
+        student=CHUNKED,
+    ),
+    Case(
+        "tp2_bf16_chunked",
+        "tied",
+        ("logprobs", "train"),
+        tensor=2,
+        precision="bf16",
+        student={**CHUNKED, "lm_head_dtype": "fp32"},
+    ),
 )
 FOUR_RANKS = (
     Case("tp2_pp2", "tied", (*GRADIENTS, "round_trip"), tensor=2, pipeline=2),
@@ -80,6 +110,16 @@ FOUR_RANKS = (
         pipeline=2,
         sequence_parallel=True,
         split=(1, 3, 6),
+    ),
+    Case(
+        "tp2_pp2_sp_chunked",
+        "tied",
+        GRADIENTS,
+        tensor=2,
+        pipeline=2,
+        sequence_parallel=True,
+        split=(1, 3, 6),
+        student=CHUNKED,
     ),
     Case("tp2_dp2", "tied", GRADIENTS, tensor=2, split=(2, 3)),
     Case(

@@ -33,6 +33,7 @@ class Case:
     Attributes:
         model: name of a model folder.
         split: ends of the micro-batches within a replica's examples.
+        student: further fields of the student's section.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     split: tuple[int, ...] = (2, 6)
     megatron: Mapping[str, Any] = field(default_factory=dict)
     ddp: Mapping[str, Any] = field(default_factory=dict)
+    student: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_models(folder: Path) -> None:

@@ -76,6 +76,7 @@ def student_config(case: Case, folder: Path) -> StudentConfig:
             "sequence_parallel": case.sequence_parallel,
             **case.megatron,
         },
+        **case.student,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,22 @@ def test_refusals(
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"precision": "fp32", "lm_head_dtype": "bf16"}, "as the model; set it to fp32"),
+        ({"precision": "bf16", "lm_head_dtype": "fp32"}, "set student.lm_head to chunked"),
+    ],
+)
+def test_logits_of_a_precision_that_cannot_be(
+    tmp_path: Path, fields: dict[str, Any], part: str
+) -> None:
+    config = StudentConfig(model_path=write_config(tmp_path), **fields)
+    with pytest.raises(ConfigError, match=f"student.lm_head_dtype is .*{part}"):
+        check_layout(config, 1)
+    check_layout(dataclasses.replace(config, lm_head="chunked", lm_head_dtype="fp32"), 1)
 
 
 @pytest.mark.parametrize(

@@ -72,14 +72,17 @@ def test_distributed_optimizer_makes_the_same_updates(
     assert largest_difference(sharded["weights"], plain["weights"]) < 1e-4
 
 
-def test_bf16_follows_float32(one_rank: Results, two_ranks: Results) -> None:
-    plain, half = one_rank["train"]["train"], two_ranks["tp2_bf16"]["train"]
+@pytest.mark.parametrize("case", ["tp2_bf16", "tp2_bf16_chunked"])
+def test_bf16_follows_float32(one_rank: Results, two_ranks: Results, case: str) -> None:
+    plain, half = one_rank["train"]["train"], two_ranks[case]["train"]
     assert next(iter(half["weights"].values())).dtype == torch.bfloat16
     for ours, theirs in zip(half["results"], plain["results"], strict=True):
         assert ours.loss == pytest.approx(theirs.loss, abs=0.02)
 
 
-@pytest.mark.parametrize(("launch", "case"), [("one_rank", "train"), ("two_ranks", "pp2")])
+@pytest.mark.parametrize(
+    ("launch", "case"), [("one_rank", "train"), ("two_ranks", "pp2"), ("two_ranks", "pp2_chunked")]
+)
 def test_a_mini_batch_without_loss_tokens_is_skipped(
     request: pytest.FixtureRequest, launch: str, case: str
 ) -> None:
