@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+"""What a kernel, and a file system, say that cannot exchange two names."""
 
 
 @contextmanager
@@ -25,10 +33,11 @@ def naming(path: Path) -> Iterator[None]:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; it is synced and takes its name when all went well.
 
-    The name begins with a dot and the process id, so that two writers do not share it.
+    The name begins with a dot, and part of it is random: processes of several nodes, which may have
+    the same id, do not share it in a common folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with naming(path), temporary.open("wb") as file:
             yield file
@@ -44,6 +53,24 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in UTF-8, atomically."""
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def create_text(path: Path, text: str) -> bool:
+    """Write ``text`` to ``path`` atomically, unless the file is there; whether it was written.
+
+    Of processes that do so at the same time, or while one calls :func:`write_text`, none replaces
+    what another has written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    complete = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
+    write_text(complete, text)
+    try:
+        os.link(complete, path)
+    except FileExistsError:
+        return False
+    finally:
+        complete.unlink()
+    return True
 
 
 @contextmanager
@@ -74,16 +101,45 @@ def make_empty(folder: Path) -> None:
 
 
 def replace_folder(temporary: Path, path: Path) -> None:
-    """Sync ``temporary`` and rename it to ``path``, whose old content goes away afterwards."""
+    """Sync ``temporary`` and give it the name ``path``, whose old content goes away afterwards.
+
+    Where the system can exchange two names, ``path`` is there at every moment.
+    """
     for entry in [*temporary.rglob("*"), temporary]:
         _sync(entry)
     old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
+    _remove(old)
+    if not os.path.lexists(path):
+        temporary.rename(path)
+    elif _exchange(temporary, path):
+        temporary.rename(old)
+    else:
         path.rename(old)
-    temporary.rename(path)
+        temporary.rename(path)
     _sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two existing files or folders swap their names in one step; False where none can."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = (AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second))
+    if renameat2(*names, RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(first), None, str(second))
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder with its content, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
