@@ -1,4 +1,7 @@
-"""Logits of a converted model, stage by stage, without the package's training schedule."""
+"""Logits of a converted model, stage by stage, without the package's training schedule.
+
+Also those of Megatron-LM's own models, so nothing here depends on how a model was built.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +30,31 @@ def logits_of(
     architecture = read_architecture(source)
     model = build_bare_model(source, architecture, layout, torch.float32)
     read_weights(model, architecture, find_checkpoint(converted))
+    return gathered_logits(model, architecture.vocab_size, layout, tokens)
+
+
+def gathered_logits(
+    model: GPTModel, vocab_size: int, layout: ParallelLayout, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Float32 logits ``[batch, length, vocab]`` on rank 0; what other ranks return means nothing.
+
+    Args:
+        vocab_size: columns without those that pad the vocabulary.
+        tokens: int64 ``[batch, length]``.
+    """
     tensor_group, stages = groups()
     logits = forward(model, layout, stages, tokens)
     if layout.is_last_stage:
         shards = [torch.empty_like(logits) for _ in range(layout.tensor_parallel_size)]
         dist.all_gather(shards, logits.contiguous(), group=tensor_group)
-        logits = torch.cat(shards, dim=-1)[..., : architecture.vocab_size].contiguous()
+        logits = torch.cat(shards, dim=-1)[..., :vocab_size].contiguous()
     # Replica 0's last stage ends at rank 0 unless there is one stage.
     if layout.pipeline_parallel_size == 1:
         return logits
     if layout.is_last_stage:
         dist.send(logits, group=stages, group_dst=0)
     elif layout.is_first_stage:
-        logits = torch.empty(*tokens.shape, architecture.vocab_size)
+        logits = torch.empty(*tokens.shape, vocab_size)
         dist.recv(logits, group=stages, group_src=layout.pipeline_parallel_size - 1)
     return logits
 

@@ -15,10 +15,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-LLAMA_3_2_ROPE = {
+LLAMA_3_FACTORS = {"llama_3_1": 8.0, "llama_3_2": 32.0}
+LLAMA_3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
-    "factor": 32.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -67,8 +67,9 @@ def make_model(name: str, **changes: Any) -> Any:
         "initializer_range": 0.08,
         **changes,
     }
-    if name == "llama_3_2":
-        shapes |= {"rope_parameters": LLAMA_3_2_ROPE, "head_dim": 16}
+    if name in LLAMA_3_FACTORS:
+        rope = {**LLAMA_3_ROPE, "factor": LLAMA_3_FACTORS[name]}
+        shapes |= {"rope_parameters": rope, "head_dim": 16}
     if name.startswith("llama"):
         return LlamaForCausalLM(LlamaConfig(**shapes))
     if name.startswith("qwen2"):
