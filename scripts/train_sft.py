@@ -78,7 +78,7 @@ def train(
     group = student.layout.world_group
     directory = Path(config.sft.directory)
     stop = StopRequest(directory / "stop", STOP_GRACE_SECONDS, ending.record_forced_end)
-    ending.stop = stop
+    ending.begin(stop)
     log = bar = None
     if student.layout.rank == 0:
         log = stack.enter_context(_open_log(config, directory, first_update))

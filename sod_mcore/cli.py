@@ -10,7 +10,7 @@ from pathlib import Path
 from sod_mcore import config_help
 from sod_mcore.config import ConfigError, SodConfig
 from sod_mcore.config_file import fail, load_config
-from sod_mcore.outcome import EXIT_FAILED, read_outcome
+from sod_mcore.outcome import EXIT_FAILED, Outcome, read_outcome, read_outcome_before
 from sod_mcore.report.summary import summarise_rollout
 from sod_mcore.serving.__main__ import main as serve
 from sod_mcore.serving.fleet import FleetError
@@ -43,14 +43,20 @@ def print_outcome(path: Path, overrides: Sequence[str]) -> int:
     """Say how the last start of a run ended; returns the exit code that stands for it."""
     try:
         directory = Path(load_config(SodConfig, path, overrides).run.directory)
-        outcome = read_outcome(directory)
+        outcome, before = read_outcome(directory), read_outcome_before(directory)
     except (ConfigError, ValueError) as error:
         fail(str(error))
     if outcome is None:
         print(f"no end: the run in {directory} was never started, still runs, or was killed")
-        return EXIT_FAILED
-    print(f"{outcome.outcome} after {outcome.completed_steps} steps: {outcome.reason}")
-    return outcome.exit_code
+    else:
+        print(_describe_outcome(outcome))
+    if before is not None:
+        print(f"that start has not gone on with the run; before it: {_describe_outcome(before)}")
+    return EXIT_FAILED if outcome is None else outcome.exit_code
+
+
+def _describe_outcome(outcome: Outcome) -> str:
+    return f"{outcome.outcome} after {outcome.completed_steps} steps: {outcome.reason}"
 
 
 def print_address_settings(folders: Sequence[Path], timeout_seconds: float) -> int:

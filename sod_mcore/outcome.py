@@ -1,8 +1,10 @@
 """How a run ended, in a file of its own, for the programs that start runs and start them again.
 
 torchrun cannot pass on what its ranks say: it ends with 1 after a signal, even when every rank has
-saved and ended in order. So global rank 0 removes ``ended.json`` when it starts and writes it when
-it ends; a process that was killed leaves none.
+saved and ended in order. So global rank 0 takes ``ended.json`` away when it starts and writes it
+when it ends; a process that was killed leaves none. A start that ends before it has changed the run
+still is the last start, so it is what ``ended.json`` tells; how the run ended before is kept beside
+it, until a start goes on with the run.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sod_mcore.files import write_text
+from sod_mcore.files import create_text, write_text
 
 ENDED_FILE = "ended.json"
+ENDED_BEFORE_FILE = "ended_before.json"
 EXIT_FAILED = 1
 EXIT_STOPPED = 75
 """Exit code of a run that was stopped, has saved, and wants to be started again.
@@ -51,7 +54,16 @@ def write_outcome(directory: Path, outcome: Outcome) -> None:
     Raises:
         OSError: the disk is full, for instance.
     """
-    write_text(directory / ENDED_FILE, json.dumps(dataclasses.asdict(outcome)) + "\n")
+    write_text(directory / ENDED_FILE, _text_of(outcome))
+
+
+def suggest_outcome(directory: Path, outcome: Outcome) -> None:
+    """The same where nothing is written yet, for ranks that saw only what another's end did.
+
+    Raises:
+        OSError: the disk is full, for instance.
+    """
+    create_text(directory / ENDED_FILE, _text_of(outcome))
 
 
 def read_outcome(directory: Path) -> Outcome | None:
@@ -60,15 +72,44 @@ def read_outcome(directory: Path) -> Outcome | None:
     Raises:
         ValueError: the file was not written by :func:`write_outcome`.
     """
+    return _read(directory / ENDED_FILE)
+
+
+def read_outcome_before(directory: Path) -> Outcome | None:
+    """How the run ended before starts that did not go on with it; None if one did.
+
+    Raises:
+        ValueError: the file was not written by :func:`write_outcome`.
+    """
+    return _read(directory / ENDED_BEFORE_FILE)
+
+
+def set_outcome_aside(directory: Path) -> None:
+    """Take away what an earlier start left; that it finished or saved stays known."""
     path = directory / ENDED_FILE
+    try:
+        outcome = read_outcome(directory)
+    except ValueError:
+        outcome = None
+    if outcome is not None and outcome.outcome != "failed":
+        path.replace(directory / ENDED_BEFORE_FILE)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def forget_outcome_before(directory: Path) -> None:
+    """A start goes on with the run, so what :func:`set_outcome_aside` kept is past."""
+    (directory / ENDED_BEFORE_FILE).unlink(missing_ok=True)
+
+
+def _text_of(outcome: Outcome) -> str:
+    return json.dumps(dataclasses.asdict(outcome)) + "\n"
+
+
+def _read(path: Path) -> Outcome | None:
     try:
         return Outcome(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it") from error
-
-
-def clear_outcome(directory: Path) -> None:
-    """Remove what an earlier start left."""
-    (directory / ENDED_FILE).unlink(missing_ok=True)

@@ -6,7 +6,18 @@ import pytest
 import yaml
 
 from sod_mcore.cli import main
-from sod_mcore.outcome import ENDED_FILE, Outcome, clear_outcome, read_outcome, write_outcome
+from sod_mcore.outcome import (
+    ENDED_FILE,
+    Outcome,
+    forget_outcome_before,
+    read_outcome,
+    read_outcome_before,
+    set_outcome_aside,
+    write_outcome,
+)
+
+FINISHED = Outcome("finished", 8, "all steps are done")
+REFUSED = Outcome("failed", 0, "data.train is nowhere: no such file")
 
 
 @pytest.fixture
@@ -38,10 +49,39 @@ def test_exit_code_and_line(
 
 
 def test_no_file_is_a_failure(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_outcome(config.parent / "run", Outcome("finished", 8, "all steps are done"))
-    clear_outcome(config.parent / "run")
+    write_outcome(config.parent / "run", REFUSED)
+    set_outcome_aside(config.parent / "run")
     assert main(["outcome", str(config)]) == 1
-    assert "was killed" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert "was killed" in lines[0]
+
+
+@pytest.mark.parametrize("before", [FINISHED, Outcome("stopped", 3, "SIGTERM")])
+def test_refused_starts_do_not_hide_how_the_run_ended(
+    config: Path, before: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = config.parent / "run"
+    write_outcome(run, before)
+    for _ in range(2):
+        set_outcome_aside(run)
+        write_outcome(run, REFUSED)
+        assert main(["outcome", str(config)]) == 1, "the last start failed"
+        assert capsys.readouterr().out.splitlines() == [
+            "failed after 0 steps: data.train is nowhere: no such file",
+            "that start has not gone on with the run; before it: "
+            f"{before.outcome} after {before.completed_steps} steps: {before.reason}",
+        ]
+    forget_outcome_before(run)
+    assert read_outcome_before(run) is None
+    assert main(["outcome", str(config)]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_damaged_file_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / ENDED_FILE).write_text("{}")
+    set_outcome_aside(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_overrides_choose_the_run(config: Path, tmp_path: Path) -> None:

@@ -14,10 +14,20 @@ say() { echo "[$(date '+%F %T') attempt $RESTARTS] $*"; }
 begin_attempt() {
     mkdir -p "$ATTEMPT"
     # An attempt that was killed may have left its own; this one has not been asked to stop.
-    rm -f "$STOP_FILE" "$RUN_DIRECTORY/ended.json"
+    rm -f "$STOP_FILE"
+    set_outcome_aside
     trap on_warning USR1
     SETTINGS+=("run.directory=$RUN_DIRECTORY" "run.stop_file=$STOP_FILE")
     say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST; logs of this attempt: $ATTEMPT"
+}
+
+# As sod_mcore/outcome.py does, for a run whose start does not get that far.
+set_outcome_aside() {
+    local ended=$RUN_DIRECTORY/ended.json
+    if [ -e "$ended" ] && ! grep -q '^{"outcome": "failed"' "$ended"; then
+        mv "$ended" "$RUN_DIRECTORY/ended_before.json"
+    fi
+    rm -f "$ended"
 }
 
 on_warning() {

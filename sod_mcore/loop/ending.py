@@ -24,7 +24,13 @@ import psutil  # type: ignore[import-untyped]
 
 from sod_mcore.loop.causes import Cause, cause_of
 from sod_mcore.loop.stop import StopRequest
-from sod_mcore.outcome import Outcome, clear_outcome, read_outcome, write_outcome
+from sod_mcore.outcome import (
+    Outcome,
+    forget_outcome_before,
+    set_outcome_aside,
+    suggest_outcome,
+    write_outcome,
+)
 from sod_mcore.platform.parent_death import die_with_parent
 
 CLOSE_SECONDS = 15.0
@@ -50,10 +56,16 @@ class Ending:
         self._rank = int(os.environ.get("RANK", "0"))
         self._has_succeeded = False
 
-    def clear(self) -> None:
-        """Remove what an earlier start said about its end."""
+    def set_aside(self) -> None:
+        """Take away what an earlier start said about its end, until it is known to be past."""
         if self._rank == 0:
-            clear_outcome(self._directory)
+            set_outcome_aside(self._directory)
+
+    def begin(self, stop: StopRequest) -> None:
+        """The loop is about to begin: signals are heard, and how the run ended before is past."""
+        self.stop = stop
+        if self._rank == 0:
+            forget_outcome_before(self._directory)
 
     def succeed(self, outcome: Literal["finished", "stopped"], reason: str) -> None:
         """Write how the run ended, on rank 0; everything that it names is on disk.
@@ -70,10 +82,14 @@ class Ending:
         """Write why the run failed; a rank that failed because of another never overrules it."""
         if self._has_succeeded:
             return
+        outcome = Outcome("failed", self.completed_steps, reason)
         try:
-            if is_secondary and read_outcome(self._directory) is not None:
+            if is_secondary:
+                suggest_outcome(self._directory, outcome)
                 return
-            write_outcome(self._directory, Outcome("failed", self.completed_steps, reason))
+            if self.stop is None:  # this rank may be faster than rank 0
+                set_outcome_aside(self._directory)
+            write_outcome(self._directory, outcome)
         except (OSError, ValueError) as error:
             print(f"ended.json could not be written: {error}", file=sys.stderr, flush=True)
 
@@ -144,7 +160,7 @@ def ending_in_order(directory: Path) -> Iterator[Ending]:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     ending = Ending(directory)
     try:
-        ending.clear()
+        ending.set_aside()
         yield ending
         ending.close()
     except Exception as error:

@@ -297,11 +297,12 @@ def open_session(config: SodConfig, ending: Ending) -> Session:
     if is_rank_zero:
         reporter = stack.enter_context(Reporter.open(config, first_step))
         reporter.say(choose_backend(config.student).describe())
-    ending.stop = stop = StopRequest(
+    stop = StopRequest(
         Path(config.run.stop_file or directory / "stop"),
         config.run.stop_grace_seconds,
         on_overdue=ending.record_forced_end,
     )
+    ending.begin(stop)
     return Session(
         config,
         student,

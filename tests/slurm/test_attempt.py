@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sod_mcore.outcome import Outcome, write_outcome
+from sod_mcore.outcome import Outcome, read_outcome, read_outcome_before, write_outcome
 from sod_mcore.slurm.command_line import main
 from tests.slurm.small_config import write_small_config
 
@@ -168,6 +168,18 @@ def test_what_an_earlier_attempt_left_does_not_count(folder: Path) -> None:
     assert not job.requeues
     assert "srun found a stop file" not in job.calls
     assert (folder / "run" / "slurm" / "70007.1").is_dir()
+    assert read_outcome_before(folder / "run") == Outcome("stopped", 3, "an earlier warning")
+
+
+def test_that_the_run_had_finished_stays_known_over_attempts_that_fail(folder: Path) -> None:
+    finished = Outcome("finished", 8, "all steps are done")
+    write_outcome(folder / "run", finished)
+    for _ in range(2):
+        with attempt(folder, "silent") as job:
+            job.end()
+        assert read_outcome(folder / "run") is None
+        assert read_outcome_before(folder / "run") == finished
+        write_outcome(folder / "run", Outcome("failed", 0, "a wrong setting"))
 
 
 @pytest.mark.parametrize(("restarts", "requeues"), [("1", 1), ("2", 0), ("3", 0)])
