@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "portability.h"
+
 namespace sod_mcore {
 
 // The logits of one rank: columns [first_column, first_column + num_valid_columns) of the
@@ -36,7 +38,7 @@ struct TokenIds {
 // a rank's own place), then the logits of the target and of the K ids (from the rank that owns
 // them). S and E leave the top-K tokens out, so that the rest's probability is a sum and not a
 // difference.
-inline std::int64_t statistics_width(std::int64_t world_size, std::int64_t num_topk) {
+SOD_DEVICE std::int64_t statistics_width(std::int64_t world_size, std::int64_t num_topk) {
   return 3 * world_size + 1 + num_topk;
 }
 

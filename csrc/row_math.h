@@ -16,11 +16,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define SOD_DEVICE __host__ __device__ __forceinline__
-#else
-#define SOD_DEVICE inline
-#endif
+#include "portability.h"
 
 namespace sod_mcore {
 

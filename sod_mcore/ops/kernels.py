@@ -7,6 +7,8 @@ stream of the allocator.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -89,13 +91,14 @@ class Kernels:
         width = 3 * world_size + 1 + ids.num_topk
         statistics = logits.new_empty(logits.shape[0], width, dtype=torch.float32)
         if logits.shape[0]:
-            self._place(logits).row_statistics(
-                self._shard(logits),
-                self._ids(ids),
-                rank=rank,
-                world_size=world_size,
-                statistics=statistics.data_ptr(),
-            )
+            with self._place(logits) as place:
+                place.row_statistics(
+                    self._shard(logits),
+                    self._ids(ids),
+                    rank=rank,
+                    world_size=world_size,
+                    statistics=statistics.data_ptr(),
+                )
         return statistics
 
     def summed_statistics(self, logits: Tensor, ids: TokenIds) -> Tensor:
@@ -133,27 +136,28 @@ class Kernels:
         ]
         if num_rows:
             weights, advantages, old_logprobs, teacher_logprobs = map(_address, values)
-            self._place(statistics).token_loss(
-                self._ids(ids),
-                self._objective(objective, has_loss=inputs is not None),
-                num_rows=num_rows,
-                world_size=_position(self.shard.group)[1],
-                inverse_temperature=self.inverse_temperature,
-                statistics=statistics.data_ptr(),
-                token_weights=weights,
-                advantages=advantages,
-                old_logprobs=old_logprobs,
-                teacher_logprobs=teacher_logprobs,
-                token_loss=result.token_loss.data_ptr(),
-                logprobs=result.logprobs.data_ptr(),
-                entropy=result.entropy.data_ptr(),
-                ratio=result.ratio.data_ptr(),
-                is_clipped=result.is_clipped.data_ptr(),
-                terms=result.terms.data_ptr(),
-                topk_logprobs=_address(result.topk_logprobs),
-                row_coefficients=result.coefficients.dense.data_ptr(),
-                sparse_gradient=result.coefficients.sparse.data_ptr(),
-            )
+            with self._place(statistics) as place:
+                place.token_loss(
+                    self._ids(ids),
+                    self._objective(objective, has_loss=inputs is not None),
+                    num_rows=num_rows,
+                    world_size=_position(self.shard.group)[1],
+                    inverse_temperature=self.inverse_temperature,
+                    statistics=statistics.data_ptr(),
+                    token_weights=weights,
+                    advantages=advantages,
+                    old_logprobs=old_logprobs,
+                    teacher_logprobs=teacher_logprobs,
+                    token_loss=result.token_loss.data_ptr(),
+                    logprobs=result.logprobs.data_ptr(),
+                    entropy=result.entropy.data_ptr(),
+                    ratio=result.ratio.data_ptr(),
+                    is_clipped=result.is_clipped.data_ptr(),
+                    terms=result.terms.data_ptr(),
+                    topk_logprobs=_address(result.topk_logprobs),
+                    row_coefficients=result.coefficients.dense.data_ptr(),
+                    sparse_gradient=result.coefficients.sparse.data_ptr(),
+                )
         return result
 
     def logprob_coefficients(
@@ -170,17 +174,18 @@ class Kernels:
         )
         gradients = [_contiguous(logprob_gradient), _contiguous(entropy_gradient)]
         if num_rows:
-            self._place(statistics).logprob_gradient(
-                self._ids(ids),
-                num_rows=num_rows,
-                world_size=_position(self.shard.group)[1],
-                inverse_temperature=self.inverse_temperature,
-                statistics=statistics.data_ptr(),
-                logprob_gradient=_address(gradients[0]),
-                entropy_gradient=_address(gradients[1]),
-                row_coefficients=result.dense.data_ptr(),
-                sparse_gradient=result.sparse.data_ptr(),
-            )
+            with self._place(statistics) as place:
+                place.logprob_gradient(
+                    self._ids(ids),
+                    num_rows=num_rows,
+                    world_size=_position(self.shard.group)[1],
+                    inverse_temperature=self.inverse_temperature,
+                    statistics=statistics.data_ptr(),
+                    logprob_gradient=_address(gradients[0]),
+                    entropy_gradient=_address(gradients[1]),
+                    row_coefficients=result.dense.data_ptr(),
+                    sparse_gradient=result.sparse.data_ptr(),
+                )
         return result
 
     def write_gradient(
@@ -200,23 +205,27 @@ class Kernels:
         if not logits.shape[0]:
             return
         stride = 0 if upstream is None else upstream.stride(0)
-        self._place(logits).logits_gradient(
-            self._shard(logits),
-            self._ids(ids),
-            row_coefficients=coefficients.dense.data_ptr(),
-            sparse_gradient=coefficients.sparse.data_ptr(),
-            upstream=_address(upstream),
-            upstream_stride=stride,
-            gradient=gradient.data_ptr(),
-            gradient_row_stride=gradient.stride(0),
-        )
+        with self._place(logits) as place:
+            place.logits_gradient(
+                self._shard(logits),
+                self._ids(ids),
+                row_coefficients=coefficients.dense.data_ptr(),
+                sparse_gradient=coefficients.sparse.data_ptr(),
+                upstream=_address(upstream),
+                upstream_stride=stride,
+                gradient=gradient.data_ptr(),
+                gradient_row_stride=gradient.stride(0),
+            )
 
-    def _place(self, tensor: Tensor) -> Any:
+    @contextmanager
+    def _place(self, tensor: Tensor) -> Iterator[Any]:
         """Where the kernels run: as many threads as torch uses, or torch's current stream."""
-        if tensor.device.type == "cuda":
-            stream = torch.cuda.current_stream(tensor.device).cuda_stream
-            return self.extension.Cuda(stream=stream)
-        return self.extension.Cpu(num_threads=torch.get_num_threads())
+        if tensor.device.type != "cuda":
+            yield self.extension.Cpu(num_threads=torch.get_num_threads())
+            return
+        stream = torch.cuda.current_stream(tensor.device).cuda_stream
+        with torch.cuda.device(tensor.device):  # a launch goes to the thread's current device
+            yield self.extension.Cuda(stream=stream)
 
     def _shard(self, logits: Tensor) -> Any:
         return self.extension.Shard(
