@@ -81,7 +81,7 @@ def eager_update(
         ratio = (logprobs - torch.from_numpy(old)).exp()
         token_losses, is_clipped = _policy_losses(ratio, torch.from_numpy(advantages), config)
         if config.topk.k > 0:
-            divergence = _topk_forward_kl(table, trajectory)
+            divergence = _topk_divergence(table, trajectory, config.topk.divergence)
             token_losses = token_losses + (
                 config.topk.coefficient * torch.from_numpy(step_weights) * divergence
             )
@@ -155,15 +155,20 @@ def _policy_losses(
     return torch.where(is_at_bound, bound, losses), is_clipped
 
 
-def _topk_forward_kl(table: torch.Tensor, trajectory: Trajectory) -> torch.Tensor:
-    """``sum_b q_b log(q_b / p_b)`` over the teacher's K tokens and one bucket for the rest."""
+def _topk_divergence(table: torch.Tensor, trajectory: Trajectory, name: str) -> torch.Tensor:
+    """``sum_b q_b log(q_b / p_b)`` (forward KL) or ``sum_b p_b log(p_b / q_b)`` (reverse KL), over
+    the teacher's K tokens and one bucket for the rest."""
     assert trajectory.teacher_topk_ids is not None
     assert trajectory.teacher_topk_logprobs is not None
     ids = torch.from_numpy(trajectory.teacher_topk_ids[trajectory.loss_mask].astype(np.int64))
     log_q = torch.from_numpy(trajectory.teacher_topk_logprobs[trajectory.loss_mask]).double()
     assert bool((ids >= 0).all())
-    rest_q = (1 - log_q.exp().sum(1)).clamp(min=1e-6)
+    rest_log_q = (1 - log_q.exp().sum(1)).clamp(min=1e-6).log()
     log_p = table.gather(1, ids)
     rest_log_p = table.scatter(1, ids, -torch.inf).logsumexp(1)
-    buckets = log_q.exp() * (log_q - log_p)
-    return buckets.sum(1) + rest_q * (rest_q.log() - rest_log_p)
+    log_q = torch.cat([log_q, rest_log_q[:, None]], dim=1)
+    log_p = torch.cat([log_p, rest_log_p[:, None]], dim=1)
+    if name == "forward_kl":
+        return (log_q.exp() * (log_q - log_p)).sum(1)
+    assert name == "reverse_kl"
+    return (log_p.exp() * (log_p - log_q)).sum(1)
