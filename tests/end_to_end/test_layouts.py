@@ -88,8 +88,8 @@ LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 1e-5
 """Of the tensor's largest entry, or of the whole gradient's norm, float32."""
 
-BFLOAT16_TOLERANCE = {"loss_to_eager": 5e-3, "norm_to_eager": 1e-2, "gradient_to_eager": 0.25}
-"""Measured on two batches: at most 2.1e-3, 3.9e-3 and 0.12."""
+BFLOAT16_TOLERANCE = {"loss_to_eager": 5e-3, "norm_to_eager": 5e-2, "gradient_to_eager": 0.25}
+"""Measured on six batches, which differ in every live run: at most 2.1e-3, 2.2e-2 and 0.12."""
 
 
 @pytest.fixture(scope="module")
