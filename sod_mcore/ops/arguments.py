@@ -31,9 +31,9 @@ class LossInputs:
     token_weights: Tensor  # [N]
     advantages: Tensor  # [N]
     old_logprobs: Tensor  # [N]
-    teacher_logprobs: Tensor | None  # [N]
-    teacher_topk_ids: Tensor | None  # [N, K] ids
-    teacher_topk_logprobs: Tensor | None  # [N, K]
+    teacher_logprobs: Tensor | None = None  # [N]
+    teacher_topk_ids: Tensor | None = None  # [N, K] ids
+    teacher_topk_logprobs: Tensor | None = None  # [N, K]
 
     def detach(self) -> LossInputs:
         """The same as constants."""

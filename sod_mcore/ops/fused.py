@@ -60,26 +60,13 @@ def step_weighted_kl(
     vocab_size: int,
     group: dist.ProcessGroup | None,
     temperature: float,
-    token_weights: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor,
-    teacher_logprobs: Tensor | None = None,
-    teacher_topk_ids: Tensor | None = None,
-    teacher_topk_logprobs: Tensor | None = None,
     objective: Objective,
     overwrite_logits: bool = False,
     validate: bool = False,
+    **inputs_of_rows: Tensor | None,
 ) -> StepWeightedKL:
     """:func:`sod_mcore.ops.reference.step_weighted_kl` on the extension's kernels."""
-    inputs = LossInputs(
-        targets=targets,
-        token_weights=token_weights,
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-        teacher_logprobs=teacher_logprobs,
-        teacher_topk_ids=teacher_topk_ids,
-        teacher_topk_logprobs=teacher_topk_logprobs,
-    ).detach()
+    inputs = LossInputs(targets, **inputs_of_rows).detach()  # type: ignore[arg-type]
     shard = check_loss_arguments(
         logits,
         inputs,
@@ -153,9 +140,7 @@ class _StepWeightedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: _Call) -> tuple[Tensor | None, ...]:
         inputs, kernels = call.inputs, call.kernels
-        ids = TokenIds(
-            inputs.targets, inputs.teacher_topk_ids, inputs.teacher_topk_logprobs
-        ).contiguous()
+        ids = TokenIds.of(inputs)
         statistics = kernels.summed_statistics(logits, ids)
         result = kernels.token_loss(statistics, ids, call.objective, inputs)
         reported = (

@@ -33,6 +33,12 @@ class TokenIds:
     topk_ids: Tensor | None = None
     teacher_topk_logprobs: Tensor | None = None
 
+    @classmethod
+    def of(cls, inputs: LossInputs) -> TokenIds:
+        """Those of a loss, in C order."""
+        ids = None if inputs.teacher_topk_ids is None else inputs.teacher_topk_ids.contiguous()
+        return cls(inputs.targets.contiguous(), ids, _contiguous(inputs.teacher_topk_logprobs))
+
     @property
     def num_topk(self) -> int:
         """K."""
@@ -44,14 +50,6 @@ class TokenIds:
             self.targets[rows],
             None if self.topk_ids is None else self.topk_ids[rows],
             None if self.teacher_topk_logprobs is None else self.teacher_topk_logprobs[rows],
-        )
-
-    def contiguous(self) -> TokenIds:
-        """The same in C order."""
-        return TokenIds(
-            self.targets.contiguous(),
-            None if self.topk_ids is None else self.topk_ids.contiguous(),
-            _contiguous(self.teacher_topk_logprobs),
         )
 
 

@@ -86,28 +86,15 @@ def linear_step_weighted_kl(
     vocab_size: int,
     group: dist.ProcessGroup | None,
     temperature: float,
-    token_weights: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor,
-    teacher_logprobs: Tensor | None = None,
-    teacher_topk_ids: Tensor | None = None,
-    teacher_topk_logprobs: Tensor | None = None,
     objective: Objective,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
     logits_dtype: torch.dtype | None = None,
     validate: bool = False,
+    **inputs_of_rows: Tensor | None,
 ) -> StepWeightedKL:
     """:func:`sod_mcore.ops.reference.linear_step_weighted_kl` on the extension's kernels."""
     dtype = check_linear_arguments(hidden, weight, chunk_rows, logits_dtype)
-    inputs = LossInputs(
-        targets=targets,
-        token_weights=token_weights,
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-        teacher_logprobs=teacher_logprobs,
-        teacher_topk_ids=teacher_topk_ids,
-        teacher_topk_logprobs=teacher_topk_logprobs,
-    ).detach()
+    inputs = LossInputs(targets, **inputs_of_rows).detach()  # type: ignore[arg-type]
     shard = check_loss_arguments(
         _empty_logits(hidden, weight, dtype),
         inputs,
@@ -119,7 +106,7 @@ def linear_step_weighted_kl(
     )
     call = _Call(
         kernels=Kernels(extension, shard, 1.0 / temperature),
-        ids=TokenIds(targets, teacher_topk_ids, inputs.teacher_topk_logprobs).contiguous(),
+        ids=TokenIds.of(inputs),
         inputs=inputs,
         objective=objective,
         chunk_rows=chunk_rows,

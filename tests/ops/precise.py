@@ -78,11 +78,10 @@ def make_problem(
     )
 
 
-def solve(operation: Operation, problem: Problem, **options: Any) -> tuple[StepWeightedKL, Tensor]:
-    """Result and gradient of the logits."""
-    logits = problem.logits.clone().requires_grad_()
-    result = operation(
-        logits * 1,  # no leaf, so that it may be overwritten
+def apply(operation: Operation, problem: Problem, logits: Tensor, **options: Any) -> StepWeightedKL:
+    """The operation on some logits, with everything else as the problem has it."""
+    return operation(
+        logits,
         vocab_size=problem.vocab_size,
         group=None,
         temperature=problem.temperature,
@@ -90,6 +89,13 @@ def solve(operation: Operation, problem: Problem, **options: Any) -> tuple[StepW
         **problem.arguments,
         **options,
     )
+
+
+def solve(operation: Operation, problem: Problem, **options: Any) -> tuple[StepWeightedKL, Tensor]:
+    """Result and gradient of the logits."""
+    logits = problem.logits.clone().requires_grad_()
+    # No leaf, so that it may be overwritten.
+    result = apply(operation, problem, logits * 1, **options)
     (result.token_loss * problem.upstream.to(result.token_loss.dtype)).sum().backward()
     assert logits.grad is not None
     return result, logits.grad

@@ -16,8 +16,10 @@ from torch import Tensor
 from sod_mcore import ops
 from sod_mcore.ops import Objective, StepWeightedKL, fused, reference
 from sod_mcore.ops.extension import load_extension
+from tests.ops.cases import EVERYTHING
 from tests.ops.precise import (
     Problem,
+    apply,
     make_problem,
     relative_error,
     solve,
@@ -30,13 +32,6 @@ assert EXTENSION is not None, "sod_mcore.ops._C is not built: make setup"
 fused_loss = partial(fused.step_weighted_kl, EXTENSION)
 fused_logprobs = partial(fused.vocab_parallel_logprobs, EXTENSION)
 
-EVERYTHING = Objective(
-    k2_coefficient=0.3,
-    k3_coefficient=0.2,
-    topk_divergence="reverse_kl",
-    topk_coefficient=0.7,
-    entropy_coefficient=0.05,
-)
 OBJECTIVES = {
     "policy": Objective(),
     "policy without dual clip": Objective(dual_clip=None),
@@ -216,15 +211,7 @@ def test_gradient_may_take_the_place_of_the_logits() -> None:
     problem = make_problem(EVERYTHING)
     _, expected = solve(fused_loss, problem)
     logits = problem.logits.clone().requires_grad_() * 1
-    result = fused_loss(
-        logits,
-        vocab_size=problem.vocab_size,
-        group=None,
-        temperature=1.0,
-        objective=EVERYTHING,
-        overwrite_logits=True,
-        **problem.arguments,
-    )
+    result = apply(fused_loss, problem, logits, overwrite_logits=True)
     loss = (result.token_loss * problem.upstream).sum()
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
     assert gradient.data_ptr() == logits.data_ptr()
@@ -237,15 +224,7 @@ def test_another_use_of_overwritten_logits_is_noticed() -> None:
     problem = make_problem(Objective())
     logits = torch.nan_to_num(problem.logits).requires_grad_() * 1
     square = logits.square().sum()
-    result = fused_loss(
-        logits,
-        vocab_size=problem.vocab_size,
-        group=None,
-        temperature=1.0,
-        objective=Objective(),
-        overwrite_logits=True,
-        **problem.arguments,
-    )
+    result = apply(fused_loss, problem, logits, overwrite_logits=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (result.token_loss.sum() + square).backward()
 
@@ -255,14 +234,7 @@ def test_without_leave_the_logits_stay_as_they_are() -> None:
     before = problem.logits.clone()
     logits = problem.logits.requires_grad_()
     for _ in range(2):
-        result = fused_loss(
-            logits,
-            vocab_size=problem.vocab_size,
-            group=None,
-            temperature=1.0,
-            objective=EVERYTHING,
-            **problem.arguments,
-        )
+        result = apply(fused_loss, problem, logits)
         result.token_loss.sum().backward()
     assert torch.equal(logits.detach().nan_to_num(), before.nan_to_num())
 
@@ -273,14 +245,7 @@ def test_rows_may_lie_apart() -> None:
     wide = torch.full((5, 2048), math.nan)
     wide[:, 3 : 3 + problem.logits.shape[1]] = problem.logits
     logits = wide[:, 3 : 3 + problem.logits.shape[1]].requires_grad_()
-    result = fused_loss(
-        logits,
-        vocab_size=problem.vocab_size,
-        group=None,
-        temperature=1.0,
-        objective=EVERYTHING,
-        **problem.arguments,
-    )
+    result = apply(fused_loss, problem, logits)
     assert torch.equal(result.token_loss, expected.token_loss)
     (result.token_loss * problem.upstream).sum().backward()
     assert logits.grad is not None

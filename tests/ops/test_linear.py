@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sod_mcore import ops
-from sod_mcore.ops import Objective, StepWeightedKL, linear, reference
+from sod_mcore.ops import StepWeightedKL, linear, reference
 from sod_mcore.ops.extension import load_extension
+from tests.ops import cases
 from tests.ops.precise import make_problem, relative_error, value_error
 
 EXTENSION = load_extension()
@@ -20,13 +21,7 @@ assert EXTENSION is not None, "sod_mcore.ops._C is not built: make setup"
 chunked_loss = partial(linear.linear_step_weighted_kl, EXTENSION)
 chunked_logprobs = partial(linear.linear_vocab_parallel_logprobs, EXTENSION)
 
-EVERYTHING = Objective(
-    k2_coefficient=0.3,
-    k3_coefficient=0.2,
-    topk_divergence="jsd",
-    topk_coefficient=0.7,
-    entropy_coefficient=0.05,
-)
+EVERYTHING = dataclasses.replace(cases.EVERYTHING, topk_divergence="jsd")
 NUM_ROWS, HIDDEN, VOCABULARY, PADDING = 11, 24, 700, 20
 
 
@@ -48,13 +43,10 @@ def make_layer(dtype: torch.dtype = torch.float32) -> Layer:
     return Layer(hidden, weight, problem.arguments)
 
 
-def solve(
-    operation: Any, layer: Layer, factor: float = 0.5, **options: Any
-) -> tuple[StepWeightedKL, Tensor, Tensor]:
-    """Result, and gradients of hidden states and weight."""
-    hidden = layer.hidden.clone().requires_grad_()
-    weight = layer.weight.clone().requires_grad_()
-    result = operation(
+def apply(
+    operation: Any, hidden: Tensor, weight: Tensor, layer: Layer, **options: Any
+) -> StepWeightedKL:
+    return operation(
         hidden,
         weight,
         vocab_size=VOCABULARY,
@@ -63,6 +55,15 @@ def solve(
         objective=EVERYTHING,
         **{**layer.arguments, **options},
     )
+
+
+def solve(
+    operation: Any, layer: Layer, factor: float = 0.5, **options: Any
+) -> tuple[StepWeightedKL, Tensor, Tensor]:
+    """Result, and gradients of hidden states and weight."""
+    hidden = layer.hidden.clone().requires_grad_()
+    weight = layer.weight.clone().requires_grad_()
+    result = apply(operation, hidden, weight, layer, **options)
     (factor * result.token_loss.sum()).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -118,29 +119,13 @@ def test_float32_logits_take_bf16_noise_from_logprobs() -> None:
 def test_gradients_of_different_tokens_cannot_differ() -> None:
     layer = make_layer()
     hidden = layer.hidden.requires_grad_()
-    result = chunked_loss(
-        hidden,
-        layer.weight,
-        vocab_size=VOCABULARY,
-        group=None,
-        temperature=1.0,
-        objective=EVERYTHING,
-        **layer.arguments,
-    )
+    result = apply(chunked_loss, hidden, layer.weight, layer)
     factors = torch.ones(NUM_ROWS)
     loss = (result.token_loss * factors).sum()
     torch.autograd.grad(loss, hidden, retain_graph=True)  # equal factors, stored one by one
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.autograd.grad(loss, hidden)
-    result = chunked_loss(
-        hidden,
-        layer.weight,
-        vocab_size=VOCABULARY,
-        group=None,
-        temperature=1.0,
-        objective=EVERYTHING,
-        **layer.arguments,
-    )
+    result = apply(chunked_loss, hidden, layer.weight, layer)
     factors[3] = 0.5
     with pytest.raises(RuntimeError, match="different gradient for each token"):
         (result.token_loss * factors).sum().backward()
@@ -199,15 +184,7 @@ def test_megatrons_gradient_buffer(is_shared: bool) -> None:
     if is_shared:
         weight.zero_out_wgrad = True
     for _ in range(2):
-        result = chunked_loss(
-            layer.hidden.requires_grad_(),
-            weight,
-            vocab_size=VOCABULARY,
-            group=None,
-            temperature=0.8,
-            objective=EVERYTHING,
-            **layer.arguments,
-        )
+        result = apply(chunked_loss, layer.hidden.requires_grad_(), weight, layer)
         (0.5 * result.token_loss.sum()).backward()
     assert weight.grad_added_to_main_grad
     assert relative_error((weight.main_grad - 1) / 2, expected) < 1e-2  # bf16 logits

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sod_mcore import ops
 from sod_mcore.ops import reference
-from tests.ops.precise import Problem, make_problem
-from tests.ops.test_fused import EVERYTHING
+from tests.ops.cases import EVERYTHING
+from tests.ops.precise import Problem, apply, make_problem
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -38,15 +38,7 @@ def largest_allocation(problem: Problem, step_weighted_kl: Callable[..., Any]) -
     """In units of the logits, forward and backward."""
     logits = problem.logits.requires_grad_()
     with LargestAllocation() as mode:
-        result = step_weighted_kl(
-            logits,
-            vocab_size=problem.vocab_size,
-            group=None,
-            temperature=1.0,
-            objective=EVERYTHING,
-            overwrite_logits=True,
-            **problem.arguments,
-        )
+        result = apply(step_weighted_kl, problem, logits, overwrite_logits=True)
         torch.autograd.grad(result.token_loss.sum(), logits)
     return mode.largest / logits.nbytes
 
