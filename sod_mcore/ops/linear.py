@@ -5,6 +5,11 @@ for the gradients of hidden states and weight, all in the forward pass: three ma
 recomputation, and no more logits in memory than those of one chunk. What arrives backward can then
 only scale the gradients, so it has to be one number for all tokens: a loss that is a sum of token
 losses, times a constant.
+
+When to take it: where the logits of all rows do not fit. It holds a float32 gradient of the weight
+meanwhile, so at h = 1024 it took as much memory as the logits of 4,096 rows and two thirds of those
+of 8,192, in 1.02 to 1.2 times their time (bf16 on two CPU cores, chunks of 1,024 rows;
+benchmarks/output_head.py).
 """
 
 from __future__ import annotations
@@ -148,10 +153,11 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, call: _Call) -> tuple[Tensor | None, ...]:
         gradients = _Gradients.of(hidden, weight) if call.wants_gradient else None
+        projection = _projection(weight, call.logits_dtype)
         parts = []
         for start in range(0, max(hidden.shape[0], 1), call.chunk_rows):
             rows = slice(start, min(start + call.chunk_rows, hidden.shape[0]))
-            parts.append(_run_chunk(call, hidden, weight, rows, gradients))
+            parts.append(_run_chunk(call, hidden, weight, projection, rows, gradients))
         result = _join(parts)
         value = result.logprobs.clone() if call.inputs is None else result.token_loss
         reported = (
@@ -203,11 +209,16 @@ class _Gradients:
 
 
 def _run_chunk(
-    call: _Call, hidden: Tensor, weight: Tensor, rows: slice, gradients: _Gradients | None
+    call: _Call,
+    hidden: Tensor,
+    weight: Tensor,
+    projection: Tensor,
+    rows: slice,
+    gradients: _Gradients | None,
 ) -> TokenLoss:
     """Values of some rows; adds their gradients."""
     kernels, ids = call.kernels, call.ids.rows(rows)
-    logits = _product(hidden[rows], weight.T, call.logits_dtype)
+    logits = _product(hidden[rows].to(projection.dtype), projection, call.logits_dtype)
     statistics = kernels.summed_statistics(logits, ids)
     inputs = None if call.inputs is None else call.inputs.rows(rows)
     result = kernels.token_loss(statistics, ids, call.objective, inputs)
@@ -223,17 +234,25 @@ def _run_chunk(
     if hidden.dtype == torch.float32:
         gradients.weight.addmm_(logits_gradient.T, hidden[rows])
     else:
-        gradients.weight.add_(_product(logits_gradient.T, hidden[rows], torch.float32))
+        dtype = torch.float32 if hidden.is_cuda else hidden.dtype
+        gradients.weight.add_(_product(logits_gradient.T, hidden[rows], dtype))
     return result
 
 
+def _projection(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[h, V/tp]`` of the product that makes logits.
+
+    CUDA multiplies bf16 numbers and gives their float32 sums; the CPU has to have float32 numbers,
+    a copy of the weight.
+    """
+    return weight.T if weight.is_cuda else weight.to(dtype).T
+
+
 def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrix product, accumulated in float32 and rounded to ``dtype`` once."""
+    """Matrix product, rounded to ``dtype`` once."""
     if first.dtype == dtype:
         return first @ second
-    if first.device.type == "cuda":
-        return torch.mm(first, second, out_dtype=dtype)
-    return first.to(dtype) @ second.to(dtype)
+    return torch.mm(first, second, out_dtype=dtype)
 
 
 def _join(parts: list[TokenLoss]) -> TokenLoss:
