@@ -113,14 +113,15 @@ def print_cuda_details(problem: Problem, ours: Measurement) -> None:
         seconds.append(start.elapsed_time(end) / 1e3)
     copy_rate = 2 * problem.logits.nbytes / min(seconds)
     rate = 3 * problem.logits.nbytes / ours.seconds
+    logits = copy.requires_grad_().view_as(copy)
+    ones = torch.ones(len(logits), device=logits.device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        logits = copy.requires_grad_()
-        torch.autograd.grad(fused_loss(problem, logits), logits)
+        torch.autograd.grad(fused_loss(problem, logits), logits, ones)
         torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if "sod_mcore" in e.name]
+    kernels = [e.name for e in profile.events() if not e.name.startswith(("cuda", "Activity"))]
     print(
         f"\nours: {rate / 1e12:.2f} TB/s, {rate / copy_rate:.0%} of a copy's "
-        f"{copy_rate / 1e12:.2f} TB/s; {len(kernels)} launches"
+        f"{copy_rate / 1e12:.2f} TB/s; {len(kernels)} launches: {', '.join(kernels)}"
     )
 
 

@@ -75,7 +75,7 @@ def make_problem(
 def contestants(problem: Problem, device: torch.device) -> dict[str, Contestant]:
     """By name, ours first; all read their logits from one buffer, which some overwrite."""
     runs: dict[str, Callable[[Tensor], Tensor]] = {
-        "fused (ours)": lambda logits: _gradient(fused_loss(problem, logits), logits),
+        "fused (ours)": lambda logits: _gradient(fused_loss(problem, logits).sum(), logits),
         "eager torch, same loss": lambda logits: _gradient(plain_loss(logits, problem), logits),
     }
     compiled = torch.compile(plain_loss, dynamic=False)
@@ -87,19 +87,21 @@ def contestants(problem: Problem, device: torch.device) -> dict[str, Contestant]
     runs |= _megatron(problem)
     if device.type == "cuda":
         runs |= _liger(problem) | _quack(problem)
-    buffer = torch.empty_like(problem.logits)
+    # One row more, which one of them wants; a view of a leaf, since a leaf is not overwritten.
+    buffer = torch.cat([torch.empty_like(problem.logits), problem.logits[-1:]])
 
     def run_on_buffer(run: Callable[[Tensor], Tensor]) -> Tensor:
-        return run(buffer.detach().requires_grad_())
+        leaf = buffer.detach().requires_grad_()
+        return run(leaf[: len(problem.logits)])
 
     def refill() -> None:
-        buffer.copy_(problem.logits)
+        buffer[: len(problem.logits)].copy_(problem.logits)
 
     return {name: Contestant(refill, partial(run_on_buffer, run)) for name, run in runs.items()}
 
 
 def fused_loss(problem: Problem, logits: Tensor) -> Tensor:
-    """Our op, its gradient in the place of the logits."""
+    """The token losses of our op, their gradient in the place of the logits."""
     return ops.step_weighted_kl(
         logits,
         vocab_size=problem.vocab_size,
@@ -108,7 +110,7 @@ def fused_loss(problem: Problem, logits: Tensor) -> Tensor:
         objective=OBJECTIVE,
         overwrite_logits=True,
         **problem.arguments,
-    ).token_loss.sum()
+    ).token_loss
 
 
 def plain_loss(logits: Tensor, problem: Problem) -> Tensor:
@@ -176,11 +178,12 @@ def _liger(problem: Problem) -> dict[str, Callable[[Tensor], Tensor]]:
         return _gradient(loss, logits)
 
     def grpo(logits: Tensor) -> Tensor:
-        # It takes [B, L + 1, V] and leaves the last position out.
-        padded = torch.cat([logits, logits[-1:]])[None]
+        # It takes [B, L + 1, V] and leaves the last position out: the row behind the others.
+        shape = (1, logits.shape[0] + 1, logits.shape[1])
+        logits = logits.detach().as_strided(shape, (0, *logits.stride())).requires_grad_()
         old = problem.arguments["old_logprobs"][None]
         loss = GrpoLossFunction.apply(
-            padded, old, None, targets[None], None, problem.arguments["advantages"][:1],
+            logits, old, None, targets[None], None, problem.arguments["advantages"][:1],
             1.0, 0.0, 0.2, 0.28, True,
         )[0]  # fmt: skip
         return _gradient(loss.sum(), logits)

@@ -1,6 +1,6 @@
 // Python module `sod_mcore.ops._C`: pointers, sizes and the stream go in as numbers, so that the
 // binary depends neither on torch nor on its version. Nothing is checked here: whoever passes a
-// pointer has checked the tensor behind it (sod_mcore/ops/fused.py).
+// pointer has checked the tensor behind it (sod_mcore/ops/arguments.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h> // std::optional
 

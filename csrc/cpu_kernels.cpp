@@ -77,17 +77,11 @@ void find_buckets(const Shard &shard, const TokenIds &ids, std::int64_t row,
   columns.clear();
   for (std::int64_t k = 0; k < ids.num_topk; ++k) {
     if (!is_bucket(ids, row, k)) continue;
-    const std::int64_t column = topk_id_at(ids, row, k) - shard.first_column;
-    if (column >= 0 && column < shard.num_valid_columns) columns.push_back(column);
+    const std::int64_t column =
+        local_column(topk_id_at(ids, row, k), shard.first_column, shard.num_valid_columns);
+    if (column >= 0) columns.push_back(column);
   }
   std::sort(columns.begin(), columns.end());
-}
-
-template <typename Logit>
-float pick(const Shard &shard, const Logit *row, std::int64_t id) {
-  const std::int64_t column = id - shard.first_column;
-  const bool is_owned = id >= 0 && column >= 0 && column < shard.num_valid_columns;
-  return is_owned ? to_float(row[column]) : 0.0f;
 }
 
 RowSummary summarise(const float *row, const Shard &shard,
@@ -123,9 +117,10 @@ void write_statistics(const StatisticsCall &call, std::int64_t begin, std::int64
     own[1] = static_cast<float>(summary.sum);
     own[2] = static_cast<float>(summary.shifted_sum);
     float *picked = out + 3 * call.world_size;
-    picked[0] = pick(shard, row, target);
+    picked[0] = pick(row, target, shard.first_column, shard.num_valid_columns);
     for (std::int64_t k = 0; k < ids.num_topk; ++k)
-      picked[1 + k] = pick(shard, row, topk_id_at(ids, n, k));
+      picked[1 + k] =
+          pick(row, topk_id_at(ids, n, k), shard.first_column, shard.num_valid_columns);
   }
 }
 
@@ -141,13 +136,6 @@ void write_dense(const std::uint16_t *row, const GradientCall &call, const float
   chosen_target().functions->write_gradient_bfloat16(
       row, call.shard.num_valid_columns, call.shard.inverse_temperature, coefficients[0],
       coefficients[1] * upstream, coefficients[2] * upstream, out);
-}
-
-template <typename Logit>
-void put(const GradientCall &call, std::int64_t id, float value, Logit *out) {
-  const std::int64_t column = id - call.shard.first_column;
-  if (id >= 0 && column >= 0 && column < call.shard.num_valid_columns)
-    from_float(value, out[column]);
 }
 
 template <typename Logit>
@@ -168,9 +156,11 @@ void write_gradients(const GradientCall &call, std::int64_t begin, std::int64_t 
     const std::int64_t target = target_at(ids, n);
     if (target < 0) continue;
     const float *sparse = call.sparse_gradient + n * (1 + ids.num_topk);
-    put(call, target, sparse[0] * upstream, out);
+    put(out, target, shard.first_column, shard.num_valid_columns, sparse[0] * upstream);
     for (std::int64_t k = 0; k < ids.num_topk; ++k)
-      if (is_bucket(ids, n, k)) put(call, topk_id_at(ids, n, k), sparse[1 + k] * upstream, out);
+      if (is_bucket(ids, n, k))
+        put(out, topk_id_at(ids, n, k), shard.first_column, shard.num_valid_columns,
+            sparse[1 + k] * upstream);
   }
 }
 

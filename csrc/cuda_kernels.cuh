@@ -14,14 +14,14 @@ namespace sod_mcore {
 namespace cuda {
 
 // Threads of the block of a row; a short row would leave many of a large block without a vector.
-#ifdef __CUDACC__
+#ifdef SOD_SMALL_BLOCKS
+constexpr int kThreadsOfWideRow = 96; // in the emulation they are threads of the operating system
+constexpr int kThreadsOfNarrowRow = 64;
+constexpr std::int64_t kWideRow = 2048;
+#else
 constexpr int kThreadsOfWideRow = 512;
 constexpr int kThreadsOfNarrowRow = 128;
 constexpr std::int64_t kWideRow = 32768; // columns
-#else
-constexpr int kThreadsOfWideRow = 96; // they are threads of the operating system there
-constexpr int kThreadsOfNarrowRow = 64;
-constexpr std::int64_t kWideRow = 2048;
 #endif
 constexpr int kThreadsPerMultiprocessor = 1024; // at least: 64 registers for each
 constexpr int kVectorsPerThread = 4;            // 16-byte loads in flight
@@ -81,8 +81,9 @@ __device__ __forceinline__ LeftOut<kThreads> find_left_out(const StatisticsCall 
   __syncthreads();
   for (int k = threadIdx.x; k < ids.num_topk; k += kThreads) {
     if (!is_bucket(ids, row, k)) continue;
-    const std::int64_t column = topk_id_at(ids, row, k) - shard.first_column;
-    if (column >= 0 && column < shard.num_valid_columns)
+    const std::int64_t column =
+        local_column(topk_id_at(ids, row, k), shard.first_column, shard.num_valid_columns);
+    if (column >= 0)
       left_out.template add<Logit>(split, static_cast<int>(column));
   }
   __syncthreads();
@@ -199,13 +200,6 @@ __device__ __forceinline__ RowSummary merge_over_block(Partial partial, float sc
   return row;
 }
 
-template <typename Logit>
-__device__ __forceinline__ float pick(const Shard &shard, const Logit *row, std::int64_t id) {
-  const std::int64_t column = id - shard.first_column;
-  const bool is_owned = id >= 0 && column >= 0 && column < shard.num_valid_columns;
-  return is_owned ? to_float(row[column]) : 0.0f;
-}
-
 // Everything in a row of the statistics but the summary in the rank's own place.
 template <int kThreads, typename Logit>
 __device__ __forceinline__ void write_picked(const StatisticsCall &call, std::int64_t row,
@@ -220,7 +214,7 @@ __device__ __forceinline__ void write_picked(const StatisticsCall &call, std::in
     }
     const int k = i - num_summaries - 1;
     const std::int64_t id = k < 0 ? target_at(call.ids, row) : topk_id_at(call.ids, row, k);
-    out[i] = pick(call.shard, logits, id);
+    out[i] = pick(logits, id, call.shard.first_column, call.shard.num_valid_columns);
   }
 }
 
@@ -267,7 +261,7 @@ __global__ void __launch_bounds__(kThreadsOfTokens, 4) token_loss_kernel(TokenLo
   if (n < call.num_rows) token_loss(call, n, Warp());
 }
 
-__global__ void __launch_bounds__(kThreadsOfTokens)
+__global__ void __launch_bounds__(kThreadsOfTokens, 4)
     logprob_gradient_kernel(LogprobGradientCall call) {
   const std::int64_t n = static_cast<std::int64_t>(blockIdx.x) * kThreadsOfTokens + threadIdx.x;
   if (n < call.num_rows) logprob_gradient(call, n);
@@ -332,12 +326,6 @@ __device__ __forceinline__ void write_dense(const Logit *row, Logit *out, int nu
   }
 }
 
-template <typename Logit>
-__device__ __forceinline__ void put(const Shard &shard, std::int64_t id, float value, Logit *out) {
-  const std::int64_t column = id - shard.first_column;
-  if (id >= 0 && column >= 0 && column < shard.num_valid_columns) from_float(value, out[column]);
-}
-
 template <typename Logit, int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
     gradient_kernel(GradientCall call) {
@@ -363,10 +351,13 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
   if (target < 0) return;
   const float *sparse = call.sparse_gradient + n * (1 + ids.num_topk);
   __syncthreads(); // the dense values lie where the sparse ones go
-  if (threadIdx.x == 0) put(shard, target, sparse[0] * upstream, out);
+  if (threadIdx.x == 0)
+    put(out, target, shard.first_column, shard.num_valid_columns, sparse[0] * upstream);
   __syncthreads(); // the target may be one of the top-K
   for (int k = threadIdx.x; k < ids.num_topk; k += kThreads)
-    if (is_bucket(ids, n, k)) put(shard, topk_id_at(ids, n, k), sparse[1 + k] * upstream, out);
+    if (is_bucket(ids, n, k))
+      put(out, topk_id_at(ids, n, k), shard.first_column, shard.num_valid_columns,
+          sparse[1 + k] * upstream);
 }
 
 } // namespace cuda

@@ -23,7 +23,8 @@ namespace sod_mcore {
 // Stands for the maximum of a shard without columns, and of a row masked to -inf throughout. It is
 // finite because it travels through a sum over ranks: 0 * inf would be NaN.
 constexpr float kNoMaximum = -FLT_MAX;
-// e^d is 0 in float32 arithmetic below this; -inf is held here so that e^d * d is 0 and not NaN.
+// A column so far below its row's maximum counts as probability 0: float32 has no normal number for
+// it. -inf is held here, so that e^d * d is 0 and not NaN.
 constexpr float kSmallestExponent = -87.3f;
 
 struct RowSummary {
@@ -73,6 +74,29 @@ SOD_DEVICE void from_float(float value, std::uint16_t &out) {
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   // A NaN whose upper mantissa bits are empty would round to infinity.
   out = static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
+// Where the column of a global id lies in a shard; -1 if another shard or none has it.
+SOD_DEVICE std::int64_t local_column(std::int64_t id, std::int64_t first_column,
+                                     std::int64_t num_valid_columns) {
+  const std::int64_t column = id - first_column;
+  return id >= 0 && column >= 0 && column < num_valid_columns ? column : -1;
+}
+
+// The logit of a global id, 0 where the shard has not got it.
+template <typename Logit>
+SOD_DEVICE float pick(const Logit *row, std::int64_t id, std::int64_t first_column,
+                      std::int64_t num_valid_columns) {
+  const std::int64_t column = local_column(id, first_column, num_valid_columns);
+  return column < 0 ? 0.0f : to_float(row[column]);
+}
+
+// Stores the value of a global id where the shard has it.
+template <typename Logit>
+SOD_DEVICE void put(Logit *row, std::int64_t id, std::int64_t first_column,
+                    std::int64_t num_valid_columns, float value) {
+  const std::int64_t column = local_column(id, first_column, num_valid_columns);
+  if (column >= 0) from_float(value, row[column]);
 }
 
 // Whether a row's gradient is 0 but at its sparse columns, so that its logits need not be read: it

@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,15 +27,26 @@ void for_rows(std::int64_t num_rows, std::int64_t values_per_row, int num_thread
     return;
   }
   std::atomic<std::int64_t> next{0};
+  std::exception_ptr failure;
+  std::mutex mutex;
   const auto take_blocks = [&] {
-    for (std::int64_t block = next++; block < num_blocks; block = next++)
-      work(block * rows_per_block, std::min(num_rows, (block + 1) * rows_per_block));
+    try {
+      for (std::int64_t block = next++; block < num_blocks; block = next++)
+        work(block * rows_per_block, std::min(num_rows, (block + 1) * rows_per_block));
+    } catch (...) { // memory ran out; it must not leave a thread
+      const std::lock_guard<std::mutex> lock(mutex);
+      failure = std::current_exception();
+    }
   };
   std::vector<std::thread> threads;
   threads.reserve(static_cast<std::size_t>(workers - 1));
-  for (std::int64_t i = 1; i < workers; ++i) threads.emplace_back(take_blocks);
+  try {
+    for (std::int64_t i = 1; i < workers; ++i) threads.emplace_back(take_blocks);
+  } catch (const std::system_error &) { // the system gives no more: those that run do the work
+  }
   take_blocks();
   for (std::thread &thread : threads) thread.join();
+  if (failure) std::rethrow_exception(failure);
 }
 
 } // namespace sod_mcore

@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "row_math.h"
+#include "row_softmax.h"
 
 namespace sod_mcore {
 
@@ -19,81 +20,20 @@ namespace sod_mcore {
 // sod_mcore.algorithm.policy_loss and .divergences.
 constexpr double kMaxLogRatio = 20.0;
 constexpr double kTeacherRestMin = 1e-6;
-constexpr double kStudentRestLogprobMin = -80.0;
+constexpr double kStudentRestLogprobMin = -70.0;
 constexpr double kLogprobMin = -1e4;
 
-// How the work on one row is shared: alone, or by the lanes of a warp.
-struct SingleLane {
-  SOD_DEVICE int index() const { return 0; }
-  SOD_DEVICE int count() const { return 1; }
-  SOD_DEVICE double sum(double value) const { return value; }
-  SOD_DEVICE float max(float value) const { return value; }
-};
-
-SOD_DEVICE std::int64_t id_at(const void *ids, bool is_64_bit, std::int64_t index) {
-  return is_64_bit ? static_cast<const std::int64_t *>(ids)[index]
-                   : static_cast<const std::int32_t *>(ids)[index];
+// Unlike fmin and fmax, these pass NaN on.
+SOD_DEVICE double at_least(double value, double lowest) {
+  return value < lowest ? lowest : value;
 }
 
-SOD_DEVICE std::int64_t target_at(const TokenIds &ids, std::int64_t row) {
-  return id_at(ids.targets, ids.targets_are_64_bit, row);
+SOD_DEVICE double held_within(double value, double lowest, double highest) {
+  return value > highest ? highest : at_least(value, lowest);
 }
 
-SOD_DEVICE std::int64_t topk_id_at(const TokenIds &ids, std::int64_t row, std::int64_t k) {
-  return id_at(ids.topk_ids, ids.topk_ids_are_64_bit, row * ids.num_topk + k);
-}
-
-// Whether an id is a bucket of its own, and so no part of the rest.
-SOD_DEVICE bool is_bucket(const TokenIds &ids, std::int64_t row, std::int64_t k) {
-  if (topk_id_at(ids, row, k) < 0) return false;
-  if (ids.teacher_topk_logprobs == nullptr) return true;
-  return ids.teacher_topk_logprobs[row * ids.num_topk + k] != -INFINITY;
-}
-
-// A row's softmax over the whole vocabulary.
-struct RowSoftmax {
-  float max;
-  double sum;
-  double log_sum;
-  double entropy;
-  double rest_logprob; // log of the probability outside the top-K buckets
-
-  // Log-prob of a column from its logit.
-  SOD_DEVICE double logprob(float logit, float inverse_temperature) const {
-    return (static_cast<double>(logit) - max) * inverse_temperature - log_sum;
-  }
-};
-
-template <typename Lanes>
-SOD_DEVICE RowSoftmax reduce_row(const float *statistics, std::int64_t world_size,
-                                 const TokenIds &ids, std::int64_t row, float inverse_temperature,
-                                 const Lanes &lanes) {
-  RowSummary rest = {kNoMaximum, 0.0, 0.0};
-  for (std::int64_t r = 0; r < world_size; ++r)
-    merge(rest, {statistics[3 * r], statistics[3 * r + 1], statistics[3 * r + 2]},
-          inverse_temperature);
-  const float *logits = statistics + 3 * world_size + 1;
-  RowSummary buckets = {kNoMaximum, 0.0, 0.0};
-  for (std::int64_t k = lanes.index(); k < ids.num_topk; k += lanes.count())
-    if (is_bucket(ids, row, k) && logits[k] > buckets.max) buckets.max = logits[k];
-  buckets.max = lanes.max(buckets.max);
-  for (std::int64_t k = lanes.index(); k < ids.num_topk; k += lanes.count()) {
-    if (!is_bucket(ids, row, k)) continue;
-    const double d = (static_cast<double>(logits[k]) - buckets.max) * inverse_temperature;
-    const double e = exp(d);
-    buckets.sum += e;
-    if (e != 0.0) buckets.shifted_sum += e * d;
-  }
-  buckets.sum = lanes.sum(buckets.sum);
-  buckets.shifted_sum = lanes.sum(buckets.shifted_sum);
-
-  RowSummary whole = rest;
-  merge(whole, buckets, inverse_temperature);
-  const double log_sum = log(whole.sum);
-  const double rest_shift = (static_cast<double>(rest.max) - whole.max) * inverse_temperature;
-  return {whole.max, whole.sum, log_sum, log_sum - whole.shifted_sum / whole.sum,
-          rest.sum == 0.0 ? -INFINITY : rest_shift + log(rest.sum) - log_sum};
-}
+// Whether a bound took the place of a value, which then has no gradient.
+SOD_DEVICE bool is_held(double value, double held) { return held < value || held > value; }
 
 // Value and derivative by the log-probability of one bucket.
 struct BucketTerm {
@@ -133,10 +73,10 @@ SOD_DEVICE SampledTerm k2_term(double logprob, double teacher_logprob) {
 
 SOD_DEVICE SampledTerm k3_term(double logprob, double teacher_logprob) {
   const double d = teacher_logprob - logprob;
-  const double held = fmin(fmax(d, -kMaxLogRatio), kMaxLogRatio);
-  const double small = 1.0 + held / 3.0 * (1.0 + held / 4.0 * (1.0 + held / 5.0 * (1.0 + held / 6.0)));
-  const double value = fabs(held) < 0.1 ? 0.5 * held * held * small : expm1(held) - held;
-  return {value, held == d ? -expm1(held) : 0.0};
+  const double held = held_within(d, -kMaxLogRatio, kMaxLogRatio);
+  const double series = 1.0 + held / 3.0 * (1.0 + held / 4.0 * (1.0 + held / 5.0 * (1.0 + held / 6.0)));
+  const double value = fabs(held) < 0.1 ? 0.5 * held * held * series : expm1(held) - held;
+  return {value, is_held(d, held) ? 0.0 : -expm1(held)};
 }
 
 struct PolicyTerm {
@@ -150,10 +90,10 @@ struct PolicyTerm {
 SOD_DEVICE PolicyTerm policy_term(const Objective &objective, double logprob, double old_logprob,
                                   double advantage) {
   const double log_ratio = logprob - old_logprob;
-  const double held = fmin(fmax(log_ratio, -kMaxLogRatio), kMaxLogRatio);
+  const double held = held_within(log_ratio, -kMaxLogRatio, kMaxLogRatio);
   const double ratio = exp(held);
-  const double bounded = fmin(fmax(ratio, 1.0 - static_cast<double>(objective.clip_low)),
-                              1.0 + static_cast<double>(objective.clip_high));
+  const double bounded = held_within(ratio, 1.0 - static_cast<double>(objective.clip_low),
+                                     1.0 + static_cast<double>(objective.clip_high));
   const double unclipped = -advantage * ratio;
   const double clipped = -advantage * bounded;
   bool is_clipped = clipped > unclipped;
@@ -163,11 +103,187 @@ SOD_DEVICE PolicyTerm policy_term(const Objective &objective, double logprob, do
     value = bound;
     is_clipped = true;
   }
-  const bool is_flat = is_clipped || held != log_ratio;
+  const bool is_flat = is_clipped || is_held(log_ratio, held);
   return {value, is_flat ? 0.0 : unclipped, ratio, is_clipped};
 }
 
-SOD_DEVICE void write_row_without_loss(const TokenLossCall &call, std::int64_t row) {
+// What the terms of a row add up to: its loss term by term, and the parts of its gradient (see the
+// top of this file).
+struct RowLoss {
+  double terms[kNumTerms];
+  double sampled;    // derivative by the sampled token's log-prob
+  double slope;      // B
+  double offset;     // A without h_R / p_R
+  double rest_slope; // h_R / p_R
+  double ratio;
+  bool is_clipped;
+};
+
+SOD_DEVICE double weight_of(const TokenLossCall &call, std::int64_t row) {
+  return call.token_weights == nullptr ? 1.0 : call.token_weights[row];
+}
+
+// The policy loss, k2 and k3. A term that is off is not computed: its inputs need not be finite.
+SOD_DEVICE void add_sampled_terms(const TokenLossCall &call, std::int64_t row, float logprob,
+                                  RowLoss &loss) {
+  const Objective &objective = call.objective;
+  const double weight = weight_of(call, row);
+  if (call.advantages != nullptr) {
+    const PolicyTerm policy =
+        policy_term(objective, logprob, call.old_logprobs[row], call.advantages[row]);
+    loss.ratio = policy.ratio;
+    loss.is_clipped = policy.is_clipped;
+    if (objective.policy_coefficient != 0.0f) {
+      loss.terms[kPolicyTerm] = objective.policy_coefficient * policy.value;
+      loss.sampled += objective.policy_coefficient * policy.derivative;
+    }
+  }
+  if (objective.k2_coefficient != 0.0f) {
+    const SampledTerm k2 = k2_term(logprob, call.teacher_logprobs[row]);
+    loss.terms[kK2Term] = weight * objective.k2_coefficient * k2.value;
+    loss.sampled += weight * objective.k2_coefficient * k2.derivative;
+  }
+  if (objective.k3_coefficient != 0.0f) {
+    const SampledTerm k3 = k3_term(logprob, call.teacher_logprobs[row]);
+    loss.terms[kK3Term] = weight * objective.k3_coefficient * k3.value;
+    loss.sampled += weight * objective.k3_coefficient * k3.derivative;
+  }
+  loss.offset -= loss.sampled;
+}
+
+SOD_DEVICE void add_entropy_term(const Objective &objective, double entropy, RowLoss &loss) {
+  if (objective.entropy_coefficient == 0.0f) return;
+  loss.terms[kEntropyTerm] = -static_cast<double>(objective.entropy_coefficient) * entropy;
+  loss.slope += objective.entropy_coefficient;
+  loss.offset += objective.entropy_coefficient * entropy;
+}
+
+// The student's log-prob of a bucket, and the bucket's share of the divergence.
+struct Bucket {
+  double logprob;
+  BucketTerm term;
+};
+
+SOD_DEVICE Bucket bucket_at(const TokenLossCall &call, std::int64_t row, std::int64_t k,
+                            float logit, const RowSoftmax &softmax) {
+  const double logprob = softmax.logprob(logit, call.inverse_temperature);
+  if (call.objective.topk_coefficient == 0.0f) return {logprob, {0.0, 0.0}};
+  const double held = at_least(logprob, kLogprobMin);
+  BucketTerm term = bucket_term(call.objective.topk_divergence, call.objective.jsd_beta, held,
+                                call.ids.teacher_topk_logprobs[row * call.ids.num_topk + k]);
+  if (is_held(logprob, held)) term.derivative = 0.0;
+  return {logprob, term};
+}
+
+// The divergence over the buckets and the rest.
+template <typename Lanes>
+SOD_DEVICE void add_topk_term(const TokenLossCall &call, std::int64_t row, const float *logits,
+                              const RowSoftmax &softmax, const Lanes &lanes, RowLoss &loss) {
+  const Objective &objective = call.objective;
+  if (objective.topk_coefficient == 0.0f) return;
+  double value = 0.0, derivatives = 0.0, teacher_sum = 0.0;
+  for (std::int64_t k = lanes.index(); k < call.ids.num_topk; k += lanes.count()) {
+    if (!is_bucket(call.ids, row, k)) continue;
+    const Bucket bucket = bucket_at(call, row, k, logits[k], softmax);
+    value += bucket.term.value;
+    derivatives += bucket.term.derivative;
+    teacher_sum += exp(call.ids.teacher_topk_logprobs[row * call.ids.num_topk + k]);
+  }
+  value = lanes.sum(value);
+  derivatives = lanes.sum(derivatives);
+  const double q_rest = held_within(1.0 - lanes.sum(teacher_sum), kTeacherRestMin, 1.0);
+  const double held = at_least(softmax.rest_logprob, kStudentRestLogprobMin);
+  BucketTerm rest = bucket_term(objective.topk_divergence, objective.jsd_beta, held, log(q_rest));
+  if (is_held(softmax.rest_logprob, held)) rest.derivative = 0.0;
+
+  const double factor = weight_of(call, row) * objective.topk_coefficient;
+  loss.terms[kTopkTerm] = factor * (value + rest.value);
+  loss.offset -= factor * (derivatives + rest.derivative);
+  loss.rest_slope = factor * rest.derivative / exp(held);
+}
+
+// p (A + B log p), 0 for a column masked to -inf.
+SOD_DEVICE double dense_part(double logprob, double offset, double slope) {
+  const double p = exp(logprob);
+  return p == 0.0 ? 0.0 : p * (offset + slope * logprob);
+}
+
+// Final values at the sparse columns; the sampled token may be one of the buckets.
+template <typename Lanes>
+SOD_DEVICE void write_sparse(const TokenLossCall &call, std::int64_t row, const float *logits,
+                             const RowSoftmax &softmax, const RowLoss &loss, const Lanes &lanes) {
+  const std::int64_t target = target_at(call.ids, row);
+  const double factor = weight_of(call, row) * call.objective.topk_coefficient;
+  float *out = call.sparse_gradient + row * (1 + call.ids.num_topk);
+  double target_bucket = 0.0, is_target_bucket = 0.0; // not 0 in one lane at most
+  for (std::int64_t k = lanes.index(); k < call.ids.num_topk; k += lanes.count()) {
+    double value = 0.0;
+    if (is_bucket(call.ids, row, k)) {
+      const Bucket bucket = bucket_at(call, row, k, logits[1 + k], softmax);
+      value = dense_part(bucket.logprob, loss.offset, loss.slope) + factor * bucket.term.derivative;
+      if (topk_id_at(call.ids, row, k) == target) {
+        value += loss.sampled;
+        target_bucket = value;
+        is_target_bucket = 1.0;
+      }
+    }
+    out[1 + k] = static_cast<float>(value * call.inverse_temperature);
+  }
+  target_bucket = lanes.sum(target_bucket);
+  is_target_bucket = lanes.sum(is_target_bucket);
+  if (lanes.index() != 0) return;
+  const double logprob = softmax.logprob(logits[0], call.inverse_temperature);
+  const double target_value =
+      is_target_bucket != 0.0
+          ? target_bucket
+          : dense_part(logprob, loss.offset + loss.rest_slope, loss.slope) + loss.sampled;
+  out[0] = static_cast<float>(target_value * call.inverse_temperature);
+}
+
+// The student's log-probs of the top-K ids, -inf where there is none.
+template <typename Lanes>
+SOD_DEVICE void write_topk_logprobs(const TokenLossCall &call, std::int64_t row,
+                                    const float *logits, const RowSoftmax &softmax,
+                                    const Lanes &lanes) {
+  if (call.topk_logprobs == nullptr) return;
+  float *out = call.topk_logprobs + row * call.ids.num_topk;
+  for (std::int64_t k = lanes.index(); k < call.ids.num_topk; k += lanes.count())
+    out[k] = topk_id_at(call.ids, row, k) < 0
+                 ? -INFINITY
+                 : static_cast<float>(softmax.logprob(logits[k], call.inverse_temperature));
+}
+
+SOD_DEVICE void write_row(const TokenLossCall &call, std::int64_t row, float logprob,
+                          const RowSoftmax &softmax, const RowLoss &loss) {
+  double total = 0.0;
+  for (int term = 0; term < kNumTerms; ++term) {
+    total += loss.terms[term];
+    if (call.terms != nullptr)
+      call.terms[term * call.num_rows + row] = static_cast<float>(loss.terms[term]);
+  }
+  call.token_loss[row] = static_cast<float>(total);
+  call.logprobs[row] = logprob;
+  call.entropy[row] = static_cast<float>(softmax.entropy);
+  if (call.ratio != nullptr) call.ratio[row] = static_cast<float>(loss.ratio);
+  if (call.is_clipped != nullptr) call.is_clipped[row] = loss.is_clipped;
+  const double scale = call.inverse_temperature / softmax.sum;
+  float *coefficients = call.row_coefficients + 3 * row;
+  coefficients[0] = softmax.max;
+  coefficients[1] = static_cast<float>(
+      (loss.offset + loss.rest_slope - loss.slope * softmax.log_sum) * scale);
+  coefficients[2] = static_cast<float>(loss.slope * scale);
+}
+
+template <typename Lanes>
+SOD_DEVICE void write_row_without_loss(const TokenLossCall &call, std::int64_t row,
+                                       const Lanes &lanes) {
+  const std::int64_t num_topk = call.ids.num_topk;
+  for (std::int64_t k = lanes.index(); k < 1 + num_topk; k += lanes.count())
+    call.sparse_gradient[row * (1 + num_topk) + k] = 0.0f;
+  if (call.topk_logprobs != nullptr)
+    for (std::int64_t k = lanes.index(); k < num_topk; k += lanes.count())
+      call.topk_logprobs[row * num_topk + k] = 0.0f;
+  if (lanes.index() != 0) return;
   call.token_loss[row] = call.logprobs[row] = call.entropy[row] = 0.0f;
   if (call.ratio != nullptr) call.ratio[row] = 0.0f;
   if (call.is_clipped != nullptr) call.is_clipped[row] = false;
@@ -179,127 +295,25 @@ SOD_DEVICE void write_row_without_loss(const TokenLossCall &call, std::int64_t r
 // Loss and coefficients of one row. All lanes take the same path; lane 0 writes the row's values.
 template <typename Lanes>
 SOD_DEVICE void token_loss(const TokenLossCall &call, std::int64_t row, const Lanes &lanes) {
-  const std::int64_t num_topk = call.ids.num_topk;
-  float *sparse = call.sparse_gradient + row * (1 + num_topk);
   if (target_at(call.ids, row) < 0) {
-    if (lanes.index() == 0) write_row_without_loss(call, row);
-    for (std::int64_t k = lanes.index(); k < 1 + num_topk; k += lanes.count()) sparse[k] = 0.0f;
-    if (call.topk_logprobs != nullptr)
-      for (std::int64_t k = lanes.index(); k < num_topk; k += lanes.count())
-        call.topk_logprobs[row * num_topk + k] = 0.0f;
+    write_row_without_loss(call, row, lanes);
     return;
   }
-  const float scale = call.inverse_temperature;
-  const float *statistics = call.statistics + row * statistics_width(call.world_size, num_topk);
+  const float *statistics =
+      call.statistics + row * statistics_width(call.world_size, call.ids.num_topk);
   const float *logits = statistics + 3 * call.world_size; // of the target, then of the top-K
-  const RowSoftmax softmax =
-      reduce_row(statistics, call.world_size, call.ids, row, scale, lanes);
-  const Objective &objective = call.objective;
-  const double weight = call.token_weights == nullptr ? 1.0 : call.token_weights[row];
-  const std::int64_t target = target_at(call.ids, row);
-
+  const RowSoftmax softmax = reduce_row(statistics, call.world_size, call.ids, row,
+                                        call.inverse_temperature, lanes);
   // Rounded first: the ratio to an old log-prob that was written as float32 is exactly 1.
-  const float logprob = static_cast<float>(softmax.logprob(logits[0], scale));
-  double terms[kNumTerms] = {};
-  double sampled = 0.0; // derivative of the loss by the sampled token's log-prob
-  PolicyTerm policy = {0.0, 0.0, 0.0, false};
-  if (call.advantages != nullptr)
-    policy = policy_term(objective, logprob, call.old_logprobs[row], call.advantages[row]);
-  // A term that is off may have inputs that are not finite, and 0 * NaN is NaN.
-  if (objective.policy_coefficient != 0.0f) {
-    terms[kPolicyTerm] = objective.policy_coefficient * policy.value;
-    sampled += objective.policy_coefficient * policy.derivative;
-  }
-  if (objective.k2_coefficient != 0.0f) {
-    const SampledTerm k2 = k2_term(logprob, call.teacher_logprobs[row]);
-    terms[kK2Term] = weight * objective.k2_coefficient * k2.value;
-    sampled += weight * objective.k2_coefficient * k2.derivative;
-  }
-  if (objective.k3_coefficient != 0.0f) {
-    const SampledTerm k3 = k3_term(logprob, call.teacher_logprobs[row]);
-    terms[kK3Term] = weight * objective.k3_coefficient * k3.value;
-    sampled += weight * objective.k3_coefficient * k3.derivative;
-  }
-  terms[kEntropyTerm] = -static_cast<double>(objective.entropy_coefficient) * softmax.entropy;
-  const double slope = objective.entropy_coefficient;                     // B
-  double offset = objective.entropy_coefficient * softmax.entropy - sampled; // A without h_R / p_R
+  const float logprob = static_cast<float>(softmax.logprob(logits[0], call.inverse_temperature));
 
-  const double divergence_factor = weight * objective.topk_coefficient;
-  double rest_slope = 0.0; // h_R / p_R
-  if (objective.topk_coefficient != 0.0f) {
-    double value = 0.0, derivatives = 0.0, teacher_sum = 0.0;
-    for (std::int64_t k = lanes.index(); k < num_topk; k += lanes.count()) {
-      if (!is_bucket(call.ids, row, k)) continue;
-      const double log_q = call.ids.teacher_topk_logprobs[row * num_topk + k];
-      const double log_p = fmax(softmax.logprob(logits[1 + k], scale), kLogprobMin);
-      const BucketTerm term = bucket_term(objective.topk_divergence, objective.jsd_beta, log_p, log_q);
-      value += term.value;
-      derivatives += log_p == kLogprobMin ? 0.0 : term.derivative;
-      teacher_sum += exp(log_q);
-    }
-    value = lanes.sum(value);
-    derivatives = lanes.sum(derivatives);
-    const double q_rest = fmin(fmax(1.0 - lanes.sum(teacher_sum), kTeacherRestMin), 1.0);
-    const double log_p_rest = fmax(softmax.rest_logprob, kStudentRestLogprobMin);
-    const BucketTerm rest =
-        bucket_term(objective.topk_divergence, objective.jsd_beta, log_p_rest, log(q_rest));
-    const bool is_held = softmax.rest_logprob < kStudentRestLogprobMin;
-    terms[kTopkTerm] = divergence_factor * (value + rest.value);
-    rest_slope = is_held ? 0.0 : divergence_factor * rest.derivative / exp(log_p_rest);
-    offset -= divergence_factor * (derivatives + (is_held ? 0.0 : rest.derivative));
-  }
-
-  // Final values at the sparse columns; the sampled token may be one of the top-K.
-  const double target_logprob = softmax.logprob(logits[0], scale);
-  const double target_p = exp(target_logprob);
-  double target_value = target_p == 0.0 ? 0.0
-                                        : target_p * (offset + rest_slope + slope * target_logprob);
-  target_value += sampled;
-  double target_bucket = 0.0; // the value where the target is a bucket, in one lane at most
-  double is_target_bucket = 0.0;
-  for (std::int64_t k = lanes.index(); k < num_topk; k += lanes.count()) {
-    const double log_p = softmax.logprob(logits[1 + k], scale);
-    if (call.topk_logprobs != nullptr)
-      call.topk_logprobs[row * num_topk + k] =
-          topk_id_at(call.ids, row, k) < 0 ? -INFINITY : static_cast<float>(log_p);
-    double value = 0.0;
-    if (is_bucket(call.ids, row, k)) {
-      const double p = exp(log_p);
-      if (p != 0.0) value = p * (offset + slope * log_p);
-      if (objective.topk_coefficient != 0.0f && log_p > kLogprobMin)
-        value += divergence_factor *
-                 bucket_term(objective.topk_divergence, objective.jsd_beta, log_p,
-                             call.ids.teacher_topk_logprobs[row * num_topk + k])
-                     .derivative;
-      if (topk_id_at(call.ids, row, k) == target) {
-        value += sampled;
-        target_bucket = value;
-        is_target_bucket = 1.0;
-      }
-    }
-    sparse[1 + k] = static_cast<float>(value * scale);
-  }
-  target_bucket = lanes.sum(target_bucket);
-  is_target_bucket = lanes.sum(is_target_bucket);
-  if (lanes.index() != 0) return;
-  sparse[0] = static_cast<float>((is_target_bucket != 0.0 ? target_bucket : target_value) * scale);
-
-  double loss = 0.0;
-  for (int term = 0; term < kNumTerms; ++term) {
-    loss += terms[term];
-    if (call.terms != nullptr)
-      call.terms[term * call.num_rows + row] = static_cast<float>(terms[term]);
-  }
-  call.token_loss[row] = static_cast<float>(loss);
-  call.logprobs[row] = logprob;
-  call.entropy[row] = static_cast<float>(softmax.entropy);
-  if (call.ratio != nullptr) call.ratio[row] = static_cast<float>(policy.ratio);
-  if (call.is_clipped != nullptr) call.is_clipped[row] = policy.is_clipped;
-  float *coefficients = call.row_coefficients + 3 * row;
-  coefficients[0] = softmax.max;
-  coefficients[1] =
-      static_cast<float>((offset + rest_slope - slope * softmax.log_sum) * scale / softmax.sum);
-  coefficients[2] = static_cast<float>(slope * scale / softmax.sum);
+  RowLoss loss = {};
+  add_sampled_terms(call, row, logprob, loss);
+  add_entropy_term(call.objective, softmax.entropy, loss);
+  add_topk_term(call, row, logits + 1, softmax, lanes, loss);
+  write_sparse(call, row, logits, softmax, loss, lanes);
+  write_topk_logprobs(call, row, logits + 1, softmax, lanes);
+  if (lanes.index() == 0) write_row(call, row, logprob, softmax, loss);
 }
 
 // Coefficients of one row for given gradients of its log-prob and entropy.
@@ -314,15 +328,14 @@ SOD_DEVICE void logprob_gradient(const LogprobGradientCall &call, std::int64_t r
   const RowSoftmax softmax =
       reduce_row(statistics, call.world_size, call.ids, row, scale, SingleLane());
   const double sampled = call.logprob_gradient == nullptr ? 0.0 : call.logprob_gradient[row];
-  const double entropy = call.entropy_gradient == nullptr ? 0.0 : call.entropy_gradient[row];
-  const double offset = -sampled - entropy * softmax.entropy;
+  const double slope = call.entropy_gradient == nullptr ? 0.0 : -call.entropy_gradient[row];
+  const double offset = slope * softmax.entropy - sampled;
   const double logprob = softmax.logprob(statistics[3 * call.world_size], scale);
-  const double p = exp(logprob);
-  const double dense = p == 0.0 ? 0.0 : p * (offset - entropy * logprob);
   coefficients[0] = softmax.max;
-  coefficients[1] = static_cast<float>((offset + entropy * softmax.log_sum) * scale / softmax.sum);
-  coefficients[2] = static_cast<float>(-entropy * scale / softmax.sum);
-  call.sparse_gradient[row] = static_cast<float>((dense + sampled) * scale);
+  coefficients[1] = static_cast<float>((offset - slope * softmax.log_sum) * scale / softmax.sum);
+  coefficients[2] = static_cast<float>(slope * scale / softmax.sum);
+  call.sparse_gradient[row] =
+      static_cast<float>((dense_part(logprob, offset, slope) + sampled) * scale);
 }
 
 } // namespace sod_mcore

@@ -77,8 +77,9 @@ class StudentConfig:
     lm_head_chunk_rows: Positive = 4096
     """Tokens whose logits "chunked" holds at a time."""
     lm_head_dtype: Literal["bf16", "fp32"] | None = None
-    """Precision of the logits; null takes the model's. bf16 logits put noise of some hundredths of
-    a nat on a log-prob; fp32 ones of a bf16 model need lm_head: chunked."""
+    """Precision of the logits; null takes the model's. fp32 logits of a bf16 model need lm_head:
+    chunked; on both sides they brought the mean gap of trainer and engine from 0.036 to 0.024 nats
+    a token (135M parameters, docs/fused_op.md)."""
     transformer_implementation: Literal["auto", "transformer_engine", "local"] = "auto"
     """Whose transformer layers: "auto" takes Transformer Engine's where they can be used (it is
     installed, CUDA is there, precision is bf16), else Megatron's own with torch's attention."""

@@ -21,7 +21,7 @@ TEACHER_TAIL_MIN = 1e-6
 # 1 - sum(p_k) in float32 is rounding noise below this; a tail that was summed up directly is good
 # down to where float32 ends.
 STUDENT_TAIL_MIN = 1e-6
-STUDENT_TAIL_LOGPROB_MIN = -80.0
+STUDENT_TAIL_LOGPROB_MIN = -70.0
 # Stands for -inf (a masked column) where 0 * inf would be NaN; no real logit comes near it.
 LOGPROB_MIN = -1e4
 

@@ -19,6 +19,7 @@ from sod_mcore.ops.objective import Objective
 from sod_mcore.ops.vocab_shard import VocabShard
 
 LOGIT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 ID_DTYPES = (torch.int32, torch.int64)
 MAX_TOPK = 128
 
@@ -158,12 +159,29 @@ def _check_logits(
     return shard
 
 
-def check_layout(logits: Tensor) -> None:
-    """Check that the kernels can walk the rows.
+def check_kernel_dtype(name: str, dtype: torch.dtype) -> None:
+    """Check that the kernels can read such logits.
 
     Raises:
-        ValueError: the columns of a row do not lie side by side, or rows overlap.
+        ValueError: they are neither bf16 nor float32.
     """
+    if dtype not in KERNEL_DTYPES:
+        raise ValueError(f"{name} has dtype {dtype}; the kernels take one of {KERNEL_DTYPES}")
+
+
+def check_kernel_logits(logits: Tensor, *, overwrite_logits: bool) -> None:
+    """Check that the kernels can walk the rows, and write over them if they are to.
+
+    Raises:
+        ValueError: another dtype, columns of a row that do not lie side by side, rows that overlap,
+            or a leaf that would become its own gradient.
+    """
+    check_kernel_dtype("logits", logits.dtype)
+    if overwrite_logits and logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "overwrite_logits=True, but logits is a leaf: its values would be lost to its own "
+            "gradient; pass what an operation returned, or overwrite_logits=False"
+        )
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(
             f"logits has strides {logits.stride()}; the columns of a row must lie side by side, "

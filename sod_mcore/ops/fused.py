@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sod_mcore.ops.arguments import (
     LossInputs,
-    check_layout,
+    check_kernel_logits,
     check_logprob_arguments,
     check_loss_arguments,
 )
@@ -35,6 +35,7 @@ def vocab_parallel_logprobs(
     vocab_size: int,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
+    overwrite_logits: bool = False,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sod_mcore.ops.reference.vocab_parallel_logprobs` on the extension's kernels."""
@@ -46,9 +47,9 @@ def vocab_parallel_logprobs(
         group=group,
         validate=validate,
     )
-    check_layout(logits)
+    check_kernel_logits(logits, overwrite_logits=overwrite_logits)
     kernels = Kernels(extension, shard, 1.0 / temperature)
-    logprobs, entropy = _Logprobs.apply(logits, targets.contiguous(), kernels)
+    logprobs, entropy = _Logprobs.apply(logits, targets.contiguous(), kernels, overwrite_logits)
     return logprobs, entropy
 
 
@@ -76,7 +77,7 @@ def step_weighted_kl(
         objective=objective,
         validate=validate,
     )
-    check_layout(logits)
+    check_kernel_logits(logits, overwrite_logits=overwrite_logits)
     call = _Call(Kernels(extension, shard, 1.0 / temperature), inputs, objective, overwrite_logits)
     token_loss, logprobs, entropy, ratio, is_clipped, terms, topk_logprobs = _StepWeightedKL.apply(
         logits, call
@@ -107,31 +108,30 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, kernels: Kernels
+        ctx: Any, logits: Tensor, targets: Tensor, kernels: Kernels, overwrite_logits: bool
     ) -> tuple[Tensor, Tensor]:
         ids = TokenIds(targets)
         statistics = kernels.summed_statistics(logits, ids)
-        result = kernels.token_loss(statistics, ids, Objective(), None)
+        result, _ = kernels.token_loss(statistics, ids, Objective(), None)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, targets, statistics)
-        ctx.kernels = kernels
+        ctx.kernels, ctx.overwrite_logits, ctx.is_consumed = kernels, overwrite_logits, False
         return result.logprobs, result.entropy
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None]:
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None
+            return None, None, None, None
+        _require_first_pass(ctx)
         logits, targets, statistics = ctx.saved_tensors
         ids = TokenIds(targets)
         coefficients = ctx.kernels.logprob_coefficients(
             statistics, ids, grad_logprobs, grad_entropy
         )
-        gradient = torch.empty_like(logits)
-        ctx.kernels.write_gradient(logits, ids, coefficients, None, gradient)
-        return gradient, None, None
+        return _gradient(ctx, logits, ids, coefficients, None), None, None, None
 
 
 class _StepWeightedKL(torch.autograd.Function):
@@ -142,7 +142,7 @@ class _StepWeightedKL(torch.autograd.Function):
         inputs, kernels = call.inputs, call.kernels
         ids = TokenIds.of(inputs)
         statistics = kernels.summed_statistics(logits, ids)
-        result = kernels.token_loss(statistics, ids, call.objective, inputs)
+        result, coefficients = kernels.token_loss(statistics, ids, call.objective, inputs)
         reported = (
             result.logprobs,
             result.entropy,
@@ -158,8 +158,8 @@ class _StepWeightedKL(torch.autograd.Function):
             ids.targets,
             ids.topk_ids,
             ids.teacher_topk_logprobs,
-            result.coefficients.dense,
-            result.coefficients.sparse,
+            coefficients.dense,
+            coefficients.sparse,
         )
         ctx.kernels, ctx.overwrite_logits, ctx.is_consumed = kernels, call.overwrite_logits, False
         return result.token_loss, *reported
@@ -171,20 +171,33 @@ class _StepWeightedKL(torch.autograd.Function):
     ) -> tuple[Tensor | None, None]:
         if grad_token_loss is None:
             return None, None
-        if ctx.is_consumed:
-            raise RuntimeError(
-                "step_weighted_kl was differentiated twice with overwrite_logits=True: the first "
-                "backward pass wrote the gradient over the logits. Pass overwrite_logits=False"
-            )
+        _require_first_pass(ctx)
         logits, targets, topk_ids, teacher_topk_logprobs, dense, sparse = ctx.saved_tensors
         ids = TokenIds(targets, topk_ids, teacher_topk_logprobs)
-        if ctx.overwrite_logits:
-            gradient, ctx.is_consumed = logits.detach(), True
-        else:
-            gradient = torch.empty_like(logits)
         coefficients = GradientCoefficients(dense, sparse)
-        ctx.kernels.write_gradient(logits, ids, coefficients, grad_token_loss, gradient)
-        if ctx.overwrite_logits:
-            # Whoever else saved the logits for a backward pass of its own is told by autograd.
-            torch.autograd.graph.increment_version(logits)
-        return gradient, None
+        return _gradient(ctx, logits, ids, coefficients, grad_token_loss), None
+
+
+def _require_first_pass(ctx: Any) -> None:
+    if ctx.is_consumed:
+        raise RuntimeError(
+            "logits were differentiated twice with overwrite_logits=True: the first backward pass "
+            "wrote the gradient over them. Pass overwrite_logits=False"
+        )
+
+
+def _gradient(
+    ctx: Any,
+    logits: Tensor,
+    ids: TokenIds,
+    coefficients: GradientCoefficients,
+    upstream: Tensor | None,
+) -> Tensor:
+    """The logits' gradient, in their own memory where that is allowed."""
+    gradient = logits.detach() if ctx.overwrite_logits else torch.empty_like(logits)
+    ctx.kernels.write_gradient(logits, ids, coefficients, upstream, gradient)
+    if ctx.overwrite_logits:
+        ctx.is_consumed = True
+        # Whoever else saved the logits for a backward pass of its own is told by autograd.
+        torch.autograd.graph.increment_version(logits)
+    return gradient

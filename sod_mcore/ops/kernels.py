@@ -64,7 +64,6 @@ class TokenLoss:
     is_clipped: Tensor  # [N] bool
     terms: Tensor  # [5, N]
     topk_logprobs: Tensor | None  # [N, K]
-    coefficients: GradientCoefficients
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Kernels:
         ids: TokenIds,
         objective: Objective,
         inputs: LossInputs | None,
-    ) -> TokenLoss:
+    ) -> tuple[TokenLoss, GradientCoefficients]:
         """The loss of every row, from summed statistics; without inputs, log-probs and entropy."""
         num_rows = statistics.shape[0]
         empty = statistics.new_empty
@@ -124,9 +123,9 @@ class Kernels:
             is_clipped=empty(num_rows, dtype=torch.bool),
             terms=empty(len(TERM_NAMES), num_rows),
             topk_logprobs=None if ids.topk_ids is None else empty(num_rows, ids.num_topk),
-            coefficients=GradientCoefficients(
-                dense=empty(num_rows, 3), sparse=empty(num_rows, 1 + ids.num_topk)
-            ),
+        )
+        coefficients = GradientCoefficients(
+            dense=empty(num_rows, 3), sparse=empty(num_rows, 1 + ids.num_topk)
         )
         values = [
             _contiguous(None if inputs is None else getattr(inputs, name))
@@ -153,10 +152,10 @@ class Kernels:
                     is_clipped=result.is_clipped.data_ptr(),
                     terms=result.terms.data_ptr(),
                     topk_logprobs=_address(result.topk_logprobs),
-                    row_coefficients=result.coefficients.dense.data_ptr(),
-                    sparse_gradient=result.coefficients.sparse.data_ptr(),
+                    row_coefficients=coefficients.dense.data_ptr(),
+                    sparse_gradient=coefficients.sparse.data_ptr(),
                 )
-        return result
+        return result, coefficients
 
     def logprob_coefficients(
         self,

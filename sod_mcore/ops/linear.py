@@ -2,7 +2,7 @@
 
 The logits of a chunk of rows are computed, read, turned into their own gradient in place, and used
 for the gradients of hidden states and weight, all in the forward pass: three matrix products and no
-recomputation, and no more logits in memory than those of one chunk. What arrives backward can then
+recomputation, and no logits in memory but those of one chunk. What arrives backward can then
 only scale the gradients, so it has to be one number for all tokens: a loss that is a sum of token
 losses, times a constant.
 
@@ -25,17 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from sod_mcore.ops.arguments import (
     LossInputs,
+    check_kernel_dtype,
     check_linear_arguments,
     check_logprob_arguments,
     check_loss_arguments,
 )
-from sod_mcore.ops.kernels import (
-    GradientCoefficients,
-    Kernels,
-    TokenIds,
-    TokenLoss,
-    named_terms,
-)
+from sod_mcore.ops.kernels import Kernels, TokenIds, TokenLoss, named_terms
 from sod_mcore.ops.objective import Objective
 from sod_mcore.ops.result import StepWeightedKL
 
@@ -60,6 +55,7 @@ def linear_vocab_parallel_logprobs(
     The entropy is not differentiable here.
     """
     dtype = check_linear_arguments(hidden, weight, chunk_rows, logits_dtype)
+    check_kernel_dtype("hidden", hidden.dtype)
     shard = check_logprob_arguments(
         _empty_logits(hidden, weight, dtype),
         targets,
@@ -99,6 +95,7 @@ def linear_step_weighted_kl(
 ) -> StepWeightedKL:
     """:func:`sod_mcore.ops.reference.linear_step_weighted_kl` on the extension's kernels."""
     dtype = check_linear_arguments(hidden, weight, chunk_rows, logits_dtype)
+    check_kernel_dtype("hidden", hidden.dtype)
     inputs = LossInputs(targets, **inputs_of_rows).detach()  # type: ignore[arg-type]
     shard = check_loss_arguments(
         _empty_logits(hidden, weight, dtype),
@@ -221,10 +218,9 @@ def _run_chunk(
     logits = _product(hidden[rows].to(projection.dtype), projection, call.logits_dtype)
     statistics = kernels.summed_statistics(logits, ids)
     inputs = None if call.inputs is None else call.inputs.rows(rows)
-    result = kernels.token_loss(statistics, ids, call.objective, inputs)
+    result, coefficients = kernels.token_loss(statistics, ids, call.objective, inputs)
     if gradients is None:
         return result
-    coefficients: GradientCoefficients = result.coefficients
     if inputs is None:
         ones = torch.ones_like(result.logprobs)
         coefficients = kernels.logprob_coefficients(statistics, ids, ones, None)
@@ -271,7 +267,6 @@ def _join(parts: list[TokenLoss]) -> TokenLoss:
         is_clipped=cat("is_clipped"),
         terms=cat("terms", dim=1),
         topk_logprobs=None if parts[0].topk_logprobs is None else cat("topk_logprobs"),
-        coefficients=parts[0].coefficients,
     )
 
 

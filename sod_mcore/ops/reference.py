@@ -39,6 +39,7 @@ def vocab_parallel_logprobs(
     vocab_size: int,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
+    overwrite_logits: bool = False,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each row's target and entropy of each row, over the whole vocabulary.
@@ -51,6 +52,7 @@ def vocab_parallel_logprobs(
         vocab_size: number of real tokens.
         temperature: divides the logits; positive.
         group: tensor-parallel group; None where the logits are whole.
+        overwrite_logits: as in :func:`step_weighted_kl`.
         validate: also checks values, which makes the CPU wait for the GPU.
 
     Returns:
@@ -61,6 +63,7 @@ def vocab_parallel_logprobs(
         ValueError: on wrong shapes, dtypes, devices or layouts, a temperature of 0 or less, and
             with ``validate`` on ids outside the vocabulary.
     """
+    del overwrite_logits
     shard = check_logprob_arguments(
         logits,
         targets,
@@ -115,8 +118,8 @@ def step_weighted_kl(
         teacher_topk_logprobs: ``[N, K]`` nats; ignored where the id is -1. An id at -inf is no
             bucket of its own and belongs to the rest.
         objective: coefficients and divergence names.
-        overwrite_logits: allows an implementation to use the logits' memory for their gradient.
-            This one leaves them alone.
+        overwrite_logits: allows an implementation to use the logits' memory for their gradient,
+            which then is computed once only; not for a leaf. This one leaves them alone.
         validate: also checks values, which makes the CPU wait for the GPU.
 
     Returns:

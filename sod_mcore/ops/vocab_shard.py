@@ -32,12 +32,15 @@ class VocabShard:
             group: tensor-parallel group, or None where the logits are whole.
 
         Raises:
-            ValueError: if the logits are no matrix, or too narrow for the vocabulary.
+            ValueError: if the logits are no matrix, or too narrow for the vocabulary, or the group
+                is another rank's.
         """
         if logits.dim() != 2:
             raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be [N, V/tp]")
         rank = 0 if group is None else dist.get_rank(group)
         world_size = 1 if group is None else dist.get_world_size(group)
+        if rank < 0:
+            raise ValueError("group has not this rank among its members; pass the rank's own group")
         width = logits.shape[1]
         if not 0 < vocab_size <= width * world_size:
             raise ValueError(

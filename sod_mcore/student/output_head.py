@@ -2,7 +2,7 @@
 
 Both take the rows that carry loss out of the hidden states first, so prompt and tool-output tokens
 cost no logits. Where all logits exist they are as precise as the model, and their gradient takes
-their place; chunked ones never exist beyond a chunk (benchmarks/fused_op.py measures both).
+their place; chunked ones never exist beyond a chunk (benchmarks/output_head.py measures both).
 """
 
 from __future__ import annotations
@@ -41,9 +41,15 @@ class OutputStates:
     rows: torch.Tensor
     group: dist.ProcessGroup
 
-    @property
     def weight(self) -> torch.Tensor:
-        """The parameter ``[V/tp, h]`` of the output layer."""
+        """The parameter ``[V/tp, h]`` of the output layer, up to date.
+
+        Megatron's overlapped gathering of parameters waits in hooks that run before the module that
+        owns a parameter; a weight that is taken without its module would be the one of the update
+        before.
+        """
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
         return self.output_layer.weight if self.output_weight is None else self.output_weight
 
 
@@ -68,7 +74,8 @@ class FullHead:
     def logprobs(
         self, states: OutputStates, targets: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.vocab_parallel_logprobs(logits_of_rows(states), targets, **options)
+        logits = logits_of_rows(states)
+        return ops.vocab_parallel_logprobs(logits, targets, overwrite_logits=True, **options)
 
     def loss(
         self, states: OutputStates, targets: torch.Tensor, **options: Any
@@ -93,14 +100,14 @@ class ChunkedHead:
         self, states: OutputStates, targets: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.linear_vocab_parallel_logprobs(
-            _hidden_of_rows(states), states.weight, targets, **self._chunking(), **options
+            _hidden_of_rows(states), states.weight(), targets, **self._chunking(), **options
         )
 
     def loss(
         self, states: OutputStates, targets: torch.Tensor, **options: Any
     ) -> ops.StepWeightedKL:
         return ops.linear_step_weighted_kl(
-            _hidden_of_rows(states), states.weight, targets, **self._chunking(), **options
+            _hidden_of_rows(states), states.weight(), targets, **self._chunking(), **options
         )
 
     def _chunking(self) -> dict[str, Any]:
@@ -137,10 +144,10 @@ def logits_of_rows(states: OutputStates) -> torch.Tensor:
 
 def _hidden_of_rows(states: OutputStates) -> torch.Tensor:
     """``[N, h]``, whose gradient may be this rank's summand: it is summed over the ranks."""
-    hidden_states = _whole_hidden_states(states)
+    hidden = _whole_hidden_states(states).flatten(0, 1).index_select(0, states.rows)
     if not states.output_layer.sequence_parallel:
-        hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=states.group)
-    return hidden_states.flatten(0, 1).index_select(0, states.rows)
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=states.group)
+    return hidden
 
 
 def _whole_hidden_states(states: OutputStates) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sod_mcore.ops import Objective
 
-GUARD = 24  # elements before and after every array; more than a vector
+GUARD = 24  # elements around the rows of logits and gradient; more than a vector
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def make_inputs(case: Case) -> Inputs:
         None if topk_ids is None else topk_ids.to(case.id_dtype),
         {
             "teacher_topk_logprobs": topk_logprobs,
-            "token_weights": 1.2 * torch.rand(n, generator=generator),
+            "token_weights": (1.3 * torch.rand(n, generator=generator) - 0.1).clamp(min=0),
             "advantages": 2 * normal(n),
             "old_logprobs": sampled + 0.3 * normal(n),
             "teacher_logprobs": teacher.gather(1, targets.clamp(min=0)[:, None])[:, 0],

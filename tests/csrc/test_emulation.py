@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -60,6 +61,17 @@ def extension(common_objects: list[Path]) -> ModuleType:
 @pytest.mark.parametrize("case", [*CASES, *random_cases(20)], ids=lambda case: case.name)
 def test_every_output_is_that_of_the_cpu_kernels(extension: ModuleType, case: Case) -> None:
     compare_with_cpu(extension, case)
+
+
+def test_blocks_as_large_as_on_a_gpu(common_objects: list[Path]) -> None:
+    """The other tests have smaller ones; where a thread finds its columns depends on the size."""
+    folder = common_objects[0].parent
+    path = build_module(folder, common_objects, has_small_blocks=False)
+    extension = load_module(path)
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in (1500, 40_000):  # blocks of 128 and of 512 threads
+            case = Case("full", width - 9, width, dtype=dtype, num_rows=2, top_k=64)
+            compare_with_cpu(extension, replace(case, objective=op_cases.EVERYTHING))
 
 
 @pytest.mark.parametrize("case", SOLID_CASES, ids=lambda case: case.name)

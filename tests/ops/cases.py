@@ -45,6 +45,7 @@ CASES = [
     Case("jsd", 40, 48, 6, JSD, temperature=1.3),
     Case("bfloat16", 37, 48, 6, EVERYTHING, dtype=torch.bfloat16),
     Case("a-shard-of-padding-alone", 21, 48, 6, EVERYTHING),
+    Case("qwen3", 151_936, 152_064, 3, EVERYTHING, top_k=64),
     Case("wide-top-k", 1000, 1024, 6, EVERYTHING, top_k=128, temperature=0.9),
     Case("no-rows", 37, 48, 0, EVERYTHING),
     Case("wide-logits", 37, 48, 6, WITHOUT_K3, scale=25.0),
@@ -73,11 +74,14 @@ def make_inputs(case: Case) -> tuple[Tensor, dict[str, Any]]:
         topk_ids[1, 2] = -1
         topk_logprobs[1, 2] = torch.nan
         topk_logprobs[2, -1] = -torch.inf
-        targets[3] = topk_ids[3, 0]
+        targets[-1] = topk_ids[-1, 0]
     sampled = targets[:, None]
+    token_weights = 1.2 * torch.rand(n, generator=generator)
+    if n:
+        token_weights[-1] = 0.0
     arguments = {
         "targets": targets,
-        "token_weights": 1.2 * torch.rand(n, generator=generator),
+        "token_weights": token_weights,
         "advantages": 2.0 * normal(n),
         "old_logprobs": current.gather(1, sampled)[:, 0] + 0.3 * normal(n),
         "teacher_logprobs": teacher.gather(1, sampled)[:, 0].clamp(min=-8),
@@ -85,3 +89,13 @@ def make_inputs(case: Case) -> tuple[Tensor, dict[str, Any]]:
         "teacher_topk_logprobs": topk_logprobs,
     }
     return logits, arguments
+
+
+def make_layer(case: Case) -> tuple[Tensor, Tensor]:
+    """Hidden states ``[N, 16]`` and an output layer ``[padded, 16]`` with garbage as padding."""
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    hidden = torch.randn(case.num_rows, 16, generator=generator)
+    weight = torch.randn(case.padded_vocab_size, 16, generator=generator)
+    weight *= case.scale / 4
+    weight[case.vocab_size :] = 1e4
+    return hidden.to(case.dtype), weight.to(case.dtype)

@@ -58,6 +58,10 @@ def make_problem(
     if top_k > 2:
         topk_logprobs[1, 2] = -torch.inf
         topk_ids[2, 1] = -1
+    token_weights = 1.2 * torch.rand(num_rows, generator=generator)
+    advantages = 2.0 * normal(num_rows)
+    token_weights[1], advantages[1] = 0.0, 0.0  # rows whose teacher, or everything, is silent
+    token_weights[-1] = 0.0
     current = padded[:, :vocab_size].double().div(temperature).log_softmax(-1)
     sampled = current.gather(1, targets[:, None])[:, 0].float()
     return Problem(
@@ -67,8 +71,8 @@ def make_problem(
         objective=objective,
         arguments={
             "targets": targets,
-            "token_weights": 1.2 * torch.rand(num_rows, generator=generator),
-            "advantages": 2.0 * normal(num_rows),
+            "token_weights": token_weights,
+            "advantages": advantages,
             "old_logprobs": sampled + 0.2 * normal(num_rows),
             "teacher_logprobs": (sampled + 0.5 * normal(num_rows)).clamp(max=0),
             "teacher_topk_ids": topk_ids.int(),
@@ -120,7 +124,7 @@ def solve_in_float64(problem: Problem) -> tuple[StepWeightedKL, Tensor]:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """``||actual - expected|| / ||expected||`` in float64."""
     scale = expected.double().norm()
-    return float((actual.double() - expected.double()).norm().detach() / scale.clamp(min=1e-30))
+    return float((actual.double() - expected.double()).norm().detach() / scale.clamp(min=1e-12))
 
 
 def value_error(actual: Tensor, expected: Tensor) -> float:

@@ -160,6 +160,23 @@ def test_rest_of_any_size(student_rest: float, teacher_rest: float, divergence: 
     assert_precise(problem)
 
 
+@pytest.mark.parametrize("depth", [55.0, 65.0, 75.0, 90.0])
+def test_rest_far_below_the_candidates(depth: float) -> None:
+    """Down to where float32 ends its columns have a gradient; below it is held, by both."""
+    logits = torch.full((3, 20_000), -depth - math.log(20_000))
+    logits[:, :8] = torch.linspace(0, 1, 8)
+    objective = Objective(
+        policy_coefficient=0.0, topk_coefficient=1.0, topk_divergence="forward_kl"
+    )
+    problem = make_problem(objective, logits=logits, top_k=8)
+    problem.arguments["teacher_topk_ids"] = torch.arange(8).repeat(3, 1)
+    problem.arguments["teacher_topk_logprobs"] = torch.full((3, 8), math.log(0.1))
+    assert_precise(problem)
+    # The teacher leaves 0.2, so that much gradient lies on the 20,000 columns of the rest.
+    of_rest = solve(fused_loss, problem)[1][0, 8:].abs().max()
+    assert (of_rest > 1e-7) == (depth < 70)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_bfloat16_is_no_worse_than_eager(objective: Objective) -> None:
     """Both work in float32 on the same bf16 logits and round the gradient once."""
@@ -220,6 +237,23 @@ def test_gradient_may_take_the_place_of_the_logits() -> None:
         loss.backward()
 
 
+def test_gradient_of_logprobs_may_take_the_place_of_the_logits() -> None:
+    problem = make_problem(Objective())
+    targets = problem.arguments["targets"]
+    leaf = problem.logits.clone().requires_grad_()
+    logprobs, _ = fused_logprobs(leaf, targets, vocab_size=problem.vocab_size)
+    (expected,) = torch.autograd.grad(logprobs.sum(), leaf)
+    logits = leaf * 1
+    logprobs, _ = fused_logprobs(
+        logits, targets, vocab_size=problem.vocab_size, overwrite_logits=True
+    )
+    (gradient,) = torch.autograd.grad(logprobs.sum(), logits, retain_graph=True)
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert torch.equal(gradient, expected)
+    with pytest.raises(RuntimeError, match="differentiated twice with overwrite_logits=True"):
+        logprobs.sum().backward()
+
+
 def test_another_use_of_overwritten_logits_is_noticed() -> None:
     problem = make_problem(Objective())
     logits = torch.nan_to_num(problem.logits).requires_grad_() * 1
@@ -267,13 +301,35 @@ def test_same_bits_twice_and_on_any_number_of_threads(num_threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_nan_is_passed_on_within_its_row() -> None:
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0x7F800001])
+def test_nan_is_passed_on_within_its_row(bits: int) -> None:
     problem = make_problem(Objective())
-    problem.logits[2, 5] = math.nan
+    problem.logits[2, 5] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     result, gradient = solve(fused_loss, problem)
-    assert result.token_loss.isnan().tolist() == [False, False, True, False, False]
+    for name in ("token_loss", "logprobs", "entropy", "ratio"):
+        values = getattr(result, name)
+        assert values.isnan().tolist() == [False, False, True, False, False], name
     assert gradient[2].isnan().any()
     assert gradient[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("token_weights", ["k2", "k3", "topk_reverse_kl"]),
+        ("advantages", ["policy"]),
+        ("old_logprobs", ["policy"]),
+        ("teacher_logprobs", ["k2", "k3"]),
+    ],
+)
+def test_nan_of_an_input_shows_in_its_terms(name: str, terms: list[str]) -> None:
+    problem = make_problem(EVERYTHING)
+    problem.arguments[name][3] = math.nan
+    result, _ = solve(fused_loss, problem)
+    expected, _ = solve(reference.step_weighted_kl, problem)
+    assert [name for name, values in result.terms.items() if values[3].isnan()] == terms
+    for values in (result.token_loss, expected.token_loss):
+        assert values.isnan().tolist() == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -354,8 +410,10 @@ def test_fused_and_reference_agree(
     expected, expected_gradient = solve_in_float64(problem)
     result, gradient = solve(fused_loss, problem)
     assert value_error(result.token_loss, expected.token_loss) <= TOLERANCE
-    scale = 1e-3 + expected_gradient.norm()
-    assert (gradient.double() - expected_gradient).norm() / scale <= TOLERANCE
+    # Float32 statistics know 1 - p of a token to 1e-7 only, which is much of a gradient where p is
+    # near 1; so does eager torch in float32.
+    allowed = TOLERANCE * expected_gradient.norm() + 1e-6 * len(gradient) ** 0.5 / temperature
+    assert (gradient.double() - expected_gradient).norm() <= allowed
 
 
 def test_arguments_are_checked_as_by_the_reference() -> None:
@@ -365,6 +423,15 @@ def test_arguments_are_checked_as_by_the_reference() -> None:
         solve(fused_loss, problem)
     with pytest.raises(ValueError, match="its rows overlap"):
         fused_logprobs(torch.zeros(8).expand(4, 8), torch.zeros(4, dtype=torch.long), vocab_size=8)
+    with pytest.raises(ValueError, match=r"logits has dtype torch\.float64"):
+        fused_logprobs(torch.zeros(4, 8).double(), torch.zeros(4).long(), vocab_size=8)
+    with pytest.raises(ValueError, match="logits is a leaf"):
+        fused_logprobs(
+            torch.zeros(4, 8).requires_grad_(),
+            torch.zeros(4).long(),
+            vocab_size=8,
+            overwrite_logits=True,
+        )
     with pytest.raises(ValueError, match="must lie side by side"):
         fused_logprobs(torch.zeros(8, 4).T, torch.zeros(4, dtype=torch.long), vocab_size=8)
 

@@ -36,7 +36,7 @@ class LargestAllocation(TorchDispatchMode):
 
 def largest_allocation(problem: Problem, step_weighted_kl: Callable[..., Any]) -> float:
     """In units of the logits, forward and backward."""
-    logits = problem.logits.requires_grad_()
+    logits = problem.logits.requires_grad_().view_as(problem.logits)
     with LargestAllocation() as mode:
         result = apply(step_weighted_kl, problem, logits, overwrite_logits=True)
         torch.autograd.grad(result.token_loss.sum(), logits)
@@ -58,8 +58,8 @@ from benchmarks.fused_op_contestants import fused_loss, make_problem
 from benchmarks.measure import Contestant, take_turns
 
 problem = make_problem(128, 151_936, torch.{dtype}, torch.device("cpu"))
-problem.logits.requires_grad_()
-run = lambda: torch.autograd.grad(fused_loss(problem, problem.logits), problem.logits)
+logits = problem.logits.requires_grad_().view_as(problem.logits)
+run = lambda: torch.autograd.grad(fused_loss(problem, logits).sum(), logits)
 measured = take_turns({{"": Contestant(lambda: None, run)}}, torch.device("cpu"), 3)[""]
 print(measured.peak_bytes / problem.logits.nbytes)
 """

@@ -22,6 +22,7 @@ ONE_RANK = (
     Case("chunked", "tied", GRADIENTS, student=CHUNKED),
     Case("chunked_untied", "untied", GRADIENTS, split=(6,), student=CHUNKED),
     Case("train", "tied", ("train", "empty")),
+    Case("train_untied", "untied", ("train",)),
     Case("resume_tied", "tied", ("resume",)),
 )
 TWO_RANKS = (
@@ -69,6 +70,16 @@ TWO_RANKS = (
         distributed_optimizer=True,
         split=(3,),
         ddp={"overlap_grad_reduce": True, "overlap_param_gather": True},
+    ),
+    Case(
+        "dp2_distributed_chunked",
+        "untied",
+        ("train",),
+        distributed_optimizer=True,
+        split=(3,),
+        # So small that the output layer's weight has a bucket of its own to wait for.
+        ddp={"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 2000},
+        student=CHUNKED,
     ),
     Case("tp2_bf16", "tied", ("logprobs", "train"), tensor=2, precision="bf16"),
     Case("tp2_chunked", "tied", GRADIENTS, tensor=2, student=CHUNKED),

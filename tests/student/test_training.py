@@ -62,10 +62,14 @@ def test_losses_fall_and_are_reported(one_rank: Results) -> None:
     assert all(result.grad_norm > 0 for result in results)
 
 
+@pytest.mark.parametrize(
+    ("case", "plain_case"),
+    [("dp2_distributed", "train"), ("dp2_distributed_chunked", "train_untied")],
+)
 def test_distributed_optimizer_makes_the_same_updates(
-    one_rank: Results, two_ranks: Results
+    one_rank: Results, two_ranks: Results, case: str, plain_case: str
 ) -> None:
-    plain, sharded = one_rank["train"]["train"], two_ranks["dp2_distributed"]["train"]
+    plain, sharded = one_rank[plain_case]["train"], two_ranks[case]["train"]
     for ours, theirs in zip(sharded["results"], plain["results"], strict=True):
         assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)

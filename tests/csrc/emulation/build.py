@@ -42,11 +42,25 @@ def build_common_objects(folder: Path) -> list[Path]:
     ]
 
 
-def build_module(folder: Path, common: list[Path], sanitizer: str | None = None) -> Path:
-    """The module, in a subfolder of its own; a sanitizer, if named, is in its CUDA kernels."""
-    target = folder / (sanitizer or "plain") / "_C.so"
+def build_module(
+    folder: Path,
+    common: list[Path],
+    sanitizer: str | None = None,
+    *,
+    has_small_blocks: bool = True,
+) -> Path:
+    """The module, in a subfolder of its own; a sanitizer, if named, is in its CUDA kernels.
+
+    Args:
+        has_small_blocks: blocks of fewer threads than on a GPU, for which each is one of the
+            operating system.
+    """
+    blocks = "small" if has_small_blocks else "full"
+    target = folder / f"{sanitizer or 'plain'}_{blocks}" / "_C.so"
     target.parent.mkdir()
     flags = [] if sanitizer is None else SANITIZERS[sanitizer]
+    if has_small_blocks:
+        flags = [*flags, "-DSOD_SMALL_BLOCKS"]
     kernels = _compile(
         target.with_name("cuda_kernels.o"),
         "csrc/cuda_kernels.cu",
