@@ -149,12 +149,28 @@ class AlgorithmConfig:
     """Factor of the sampled-token distillation term (Eq. 10)."""
     topk: TopKConfig = Field(default_factory=TopKConfig)
     """Distillation on the teacher's top-K candidates."""
-    weighting: Literal["sod", "uniform"] = "sod"
-    """Step weights: min((d_1 + epsilon) / (d_k + epsilon), 1 + delta) (Eq. 7), or 1."""
+    weighting: str = "sod"
+    """Rule of the step weights: "sod": min((d_1 + epsilon) / (d_k + epsilon), 1 + delta) (Eq. 7);
+    "uniform": 1; "failure_decay": decay^(k - k_err) after the first failed tool call;
+    "failure_mask": 0 after it; "reward_gate": gate_max * sigmoid(-group advantage) for all steps;
+    or package.module:function, a function of yours (sod_mcore/algorithm/weighting.py)."""
     weight_epsilon: Annotated[float, Field(gt=0)] = 1e-6
     """epsilon of Eq. 7."""
     weight_delta: Annotated[float, Field(ge=0)] = 0.2
-    """delta of Eq. 7."""
+    """delta of Eq. 7; .inf for no clip."""
+    weight_first_divergence_floor: Annotated[float, Field(ge=0)] = 0.0
+    """Beyond the paper: d_1 counts as at least this many nats, so that a first step which all but
+    agrees with the teacher does not mute every later one. 0 is off."""
+    weight_prior_tokens: Annotated[float, Field(ge=0)] = 0.0
+    """Beyond the paper: d_k of short steps is drawn towards the sample's mean d over all its
+    tokens, (n_k d_k + prior d) / (n_k + prior) for a step of n_k tokens. 0 is off."""
+    weight_failure_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Factor a step after the first failed tool call, for "failure_decay"."""
+    weight_gate_max: Annotated[float, Field(gt=0)] = 0.1
+    """Largest share of the teacher, for "reward_gate"."""
+    log_ratio_cap: Annotated[float, Field(gt=0)] | None = None
+    """Beyond the paper: teacher minus student counts as at most this many nats either way in the
+    distillation advantage. null is off."""
     clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Lower clip of the probability ratio."""
     clip_high: Annotated[float, Field(ge=0)] = 0.28

@@ -80,6 +80,7 @@ def distillation_advantages(
     loss_mask: Tensor,
     *,
     coefficient: float = 1.0,
+    log_ratio_cap: float | None = None,
 ) -> Tensor:
     """``coefficient * w_k * (teacher - student)`` for each sampled token (SOD Eq. 8 and 9, sign
     turned: an advantage is minus a loss).
@@ -90,6 +91,8 @@ def distillation_advantages(
         token_weights: ``[B, T]`` from :func:`~sod_mcore.algorithm.compute_step_weights`.
         loss_mask: ``[B, T]`` bool (or 0/1).
         coefficient: scale against the GRPO advantage.
+        log_ratio_cap: holds ``teacher - student`` within plus and minus this, nats; None for no
+            limit, as the paper.
 
     Returns:
         ``[B, T]`` in the student's dtype (at least float32), 0 where the mask is 0, no gradient.
@@ -106,6 +109,8 @@ def distillation_advantages(
         require_finite(name, values, mask, allow_neg_inf=False)
     dtype = torch.promote_types(student_logprobs.dtype, torch.float32)
     gap = teacher_logprobs.to(dtype) - student_logprobs.to(dtype)
+    if log_ratio_cap is not None:
+        gap = gap.clamp(-log_ratio_cap, log_ratio_cap)
     return (coefficient * token_weights.to(dtype) * gap).masked_fill(~mask, 0.0)
 
 

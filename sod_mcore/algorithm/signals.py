@@ -6,7 +6,6 @@ and is constant in the loss: only log-probs under the current weights carry a gr
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from sod_mcore.algorithm.advantages import distillation_advantages, grpo_advantages
 from sod_mcore.algorithm.finite import floor_logprobs
+from sod_mcore.algorithm.weighting import StepFacts, apply_rule, shrunk_divergence
 from sod_mcore.algorithm.weights import StepWeights, compute_step_weights
 from sod_mcore.config import AlgorithmConfig
 from sod_mcore.trajectory import Trajectory
@@ -76,14 +76,13 @@ class _PaddedSignals:
 
     Attributes:
         loss_mask: bool ``[B, T]``.
-        advantages, token_weights, old_logprobs, teacher_logprobs: floats ``[B, T]``.
-        steps: ``d_k`` and ``w_k``, ``[B, K]``.
+        advantages, old_logprobs, teacher_logprobs: floats ``[B, T]``.
+        steps: ``d_k`` and ``w_k``, ``[B, K]`` and by token.
         group_advantages: ``[B]``.
     """
 
     loss_mask: torch.Tensor
     advantages: torch.Tensor
-    token_weights: torch.Tensor
     old_logprobs: torch.Tensor
     teacher_logprobs: torch.Tensor
     steps: StepWeights
@@ -95,7 +94,7 @@ class _PaddedSignals:
         return TrajectorySignals(
             loss_mask=self.loss_mask[i, :length].numpy(),
             advantages=self.advantages[i, :length].float().numpy(),
-            token_weights=self.token_weights[i, :length].float().numpy(),
+            token_weights=self.steps.token_weights[i, :length].float().numpy(),
             old_logprobs=self.old_logprobs[i, :length].float().numpy(),
             teacher_logprobs=self.teacher_logprobs[i, :length].float().numpy(),
             step_divergence=self.steps.step_divergence[i, :num_steps].float().numpy(),
@@ -131,26 +130,41 @@ def compute_signals(
         epsilon=config.weight_epsilon,
         delta=config.weight_delta,
     )
-    token_weights = steps.token_weights if config.weighting == "sod" else mask.float()
     group = _group_advantages(trajectories, config)
+    facts = StepFacts(
+        divergence=shrunk_divergence(steps, config.weight_prior_tokens).double(),
+        lengths=steps.step_lengths,
+        first_failure=torch.tensor([_first_failure(t) for t in trajectories]),
+        group_advantages=group,
+    )
+    steps = apply_rule(steps, facts, config)
     advantages = config.grpo_coefficient * group[:, None] * mask
     if config.distillation == "advantage":
         advantages = advantages + distillation_advantages(
-            student, teacher, token_weights, mask, coefficient=config.distillation_coefficient
+            student,
+            teacher,
+            steps.token_weights,
+            mask,
+            coefficient=config.distillation_coefficient,
+            log_ratio_cap=config.log_ratio_cap,
         )
     if config.tis_cap is not None:
         advantages = advantages * _importance_weights(trajectories, student, mask, config.tis_cap)
-    if config.weighting == "uniform":
-        steps = dataclasses.replace(steps, step_weights=torch.ones_like(steps.step_weights))
-    padded = _PaddedSignals(mask, advantages, token_weights, student, teacher, steps, group)
+    padded = _PaddedSignals(mask, advantages, student, teacher, steps, group)
     return BatchSignals(
         trajectories=tuple(padded.trajectory(i, len(t)) for i, t in enumerate(trajectories)),
         num_floored=num_floored,
         num_unscored=sum(not t.is_scored for t in trajectories) if needs_teacher else 0,
         reverse_kl=_masked_mean(student - teacher, mask),
         mean_step_divergence=_nan_mean(steps.step_divergence),
-        mean_step_weight=_nan_mean(steps.step_weights) if config.weighting == "sod" else 1.0,
+        mean_step_weight=_nan_mean(steps.step_weights),
     )
+
+
+def _first_failure(trajectory: Trajectory) -> int:
+    """The turn whose tool call was the first to fail; past all turns where none did."""
+    calls = trajectory.tool_succeeded  # one for each turn but the last
+    return calls.index(False) if False in calls else trajectory.num_turns
 
 
 def _teacher_logprobs(

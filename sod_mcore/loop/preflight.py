@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sod_mcore.algorithm.weighting import find_rule
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import ConfigError, RewardConfig, SodConfig
 from sod_mcore.data.overlap import OverlapError, assert_disjoint
@@ -83,6 +84,7 @@ def check_settings(config: SodConfig) -> None:
             "serving.teacher is missing; configure it, or set algorithm.distillation=none and "
             "algorithm.topk.k=0"
         )
+    find_rule(algorithm.weighting)
     try:
         make_objective(algorithm)
     except ValueError as error:

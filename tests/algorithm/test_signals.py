@@ -123,3 +123,23 @@ def test_truncated_importance_sampling_scales_the_advantage() -> None:
     ]
     np.testing.assert_allclose(values[1], values[0] * 1.05, rtol=1e-5)
     np.testing.assert_allclose(values[2], values[0] * np.exp(0.1), rtol=1e-5)
+
+
+def test_weights_after_a_failed_call_follow_the_turns() -> None:
+    failing = dataclasses.replace(trajectory(), tool_succeeded=(True, False))
+    config = AlgorithmConfig(weighting="failure_mask", grpo_coefficient=0.0)
+    first, second = compute_signals(
+        [failing, trajectory()], [old_logprobs()] * 2, config
+    ).trajectories
+    # The call of the second turn failed: the third turn is what comes after it.
+    assert first.step_weights.tolist() == [1.0, 1.0, 0.0]
+    np.testing.assert_allclose(first.advantages[1:], [*LOG_RATIO[:6], 0.0, 0.0], atol=1e-6)
+    assert second.step_weights.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_cap_holds_the_log_ratio_on_both_sides() -> None:
+    config = AlgorithmConfig(weighting="uniform", grpo_coefficient=0.0, log_ratio_cap=0.15)
+    (only,) = compute_signals([trajectory()], [old_logprobs()], config).trajectories
+    expected = np.clip(LOG_RATIO, -0.15, 0.15)
+    np.testing.assert_allclose(only.advantages[1:], expected, atol=1e-6)
+    assert (expected != LOG_RATIO).any()

@@ -99,6 +99,11 @@ def test_mini_batches_that_do_not_divide(tree: dict[str, Any]) -> None:
     assert "algorithm.prompts_per_mini_batch is 2" in found
 
 
+def test_a_rule_of_step_weights_that_does_not_exist(tree: dict[str, Any]) -> None:
+    found = problem(tree, algorithm__weighting="sodd")
+    assert "algorithm.weighting is 'sodd'; it must be one of sod, uniform" in found
+
+
 def test_a_source_without_a_verifier(tree: dict[str, Any], tmp_path: Path) -> None:
     other = tmp_path / "other.parquet"
     prompts(other, ["5+5?", "6+6?"], data_source="gsm8k")
