@@ -87,17 +87,20 @@ def contestants(problem: Problem, device: torch.device) -> dict[str, Contestant]
     runs |= _megatron(problem)
     if device.type == "cuda":
         runs |= _liger(problem) | _quack(problem)
-    # One row more, which one of them wants; a view of a leaf, since a leaf is not overwritten.
+    # One row more, which one of them wants.
     buffer = torch.cat([torch.empty_like(problem.logits), problem.logits[-1:]])
+    current: list[Tensor] = []
 
-    def run_on_buffer(run: Callable[[Tensor], Tensor]) -> Tensor:
-        leaf = buffer.detach().requires_grad_()
-        return run(leaf[: len(problem.logits)])
+    def prepare() -> None:
+        """The logits anew in the same memory, as what an operation has made: no leaf."""
+        logits = buffer[: len(problem.logits)].copy_(problem.logits)
+        zero = torch.zeros((), dtype=logits.dtype, device=device, requires_grad=True)
+        current[:] = [logits.detach().add_(zero)]
 
-    def refill() -> None:
-        buffer[: len(problem.logits)].copy_(problem.logits)
+    def run_on_current(run: Callable[[Tensor], Tensor]) -> Tensor:
+        return run(current[0])
 
-    return {name: Contestant(refill, partial(run_on_buffer, run)) for name, run in runs.items()}
+    return {name: Contestant(prepare, partial(run_on_current, run)) for name, run in runs.items()}
 
 
 def fused_loss(problem: Problem, logits: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
     .venv/bin/python -m benchmarks.lm_head_precision
 
-A real model (SmolLM2-135M-Instruct, from the test tools) in bf16 samples one text, which trainer
-and SGLang score with bf16 and with float32 logits. Prints Markdown: the gap between the two is what
-a policy ratio against the engine's log-probs starts from.
+A real bf16 model (SmolLM2-135M-Instruct, which `make setup-dev` installs) samples one text, which
+trainer and SGLang score with bf16 and with float32 logits. Prints Markdown: the gap between the two
+is what a policy ratio against the engine's log-probs starts from.
 """
 
 from __future__ import annotations

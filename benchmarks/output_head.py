@@ -42,10 +42,10 @@ def main() -> None:
     is_cpu = device.type == "cpu"
     torch.set_num_threads(options.threads)
     print(describe_machine(device))
-    for num_rows in options.rows or ([1024, 4096] if is_cpu else [8192, 32768]):
+    for num_rows in options.rows or ([4096, 8192] if is_cpu else [8192, 32768]):
         for hidden in options.hidden or ([1024] if is_cpu else [1024, 2048]):
             for dtype in options.dtypes:
-                chunks = options.chunks or ([256, 1024] if is_cpu else [1024, 2048, 4096])
+                chunks = options.chunks or ([1024, 4096] if is_cpu else [1024, 2048, 4096])
                 run_size(num_rows, hidden, dtype, chunks, device, options.repetitions)
 
 

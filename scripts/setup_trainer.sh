@@ -24,7 +24,8 @@ fi
 mapfile -t sources < <(find csrc -type f | LC_ALL=C sort)
 wanted="$(fingerprint pyproject.toml setup.py "${sources[@]}") CUDA ${SOD_CUDA:-auto} \
 ${SOD_CUDA_ARCHITECTURES:-default} ${SOD_NVCC:-$(command -v nvcc || echo none)}"
-if ! is_current $environment package "$wanted"; then
+# A lost extension, or one that no compiler was there for, is tried again.
+if ! is_current $environment package "$wanted" || ! compgen -G "sod_mcore/ops/_C*.so" >/dev/null; then
     say "$environment: this package (compiles csrc/)"
     "$environment/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
     # pip shows no warning of a build that went through: here is where CUDA kernels are missed.

@@ -12,6 +12,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from sod_mcore.algorithm.weighting import find_rule
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import ConfigError, RewardConfig, SodConfig
@@ -19,6 +21,7 @@ from sod_mcore.data.overlap import OverlapError, assert_disjoint
 from sod_mcore.data.parquet import DataError
 from sod_mcore.data.prompts import question_text, read_prompts
 from sod_mcore.loop.training_examples import make_objective
+from sod_mcore.ops.extension import extension_for
 from sod_mcore.report.metrics import require_wandb
 from sod_mcore.rollout.services import make_verifiers
 from sod_mcore.serving.client import EngineError
@@ -85,10 +88,19 @@ def check_settings(config: SodConfig) -> None:
             "algorithm.topk.k=0"
         )
     find_rule(algorithm.weighting)
+    _check_operations()
     try:
         make_objective(algorithm)
     except ValueError as error:
         raise ConfigError(f"algorithm: {error}") from error
+
+
+def _check_operations() -> None:
+    """Whether the operations on logits can run as SOD_OPS asks, where this rank trains."""
+    try:
+        extension_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_files(config: SodConfig) -> None:

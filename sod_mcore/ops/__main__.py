@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     describe_build(load_extension(), choice)
-    verdicts = [describe_device(device) for device in devices()]
+    verdicts = [describe_device(device, choice) for device in devices()]
     if options.check:
         verdicts += [check_device(device) for device in devices()]
     return 0 if all(verdicts) else 1
@@ -86,14 +86,21 @@ def describe_cuda(extension: ModuleType) -> str:
     return f"{built} and PTX for later ones, by CUDA {extension.cuda_version}"
 
 
-def describe_device(device: torch.device) -> bool:
-    """Whether the fused operations can run there."""
+def describe_device(device: torch.device, choice: str) -> bool:
+    """Say what runs there; whether the fused operations can."""
     name = str(device)
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{device} (sm_{major}{minor}, {torch.cuda.get_device_name(device)})"
     reason = missing_reason(device)
-    say(name, "fused" if reason is None else f"eager torch only: {reason}")
+    if choice == "eager":
+        verdict = f"eager torch, as SOD_OPS asks; {reason or 'the kernels could run'}"
+    elif reason is None:
+        verdict = "fused"
+    else:
+        ending = "an error, as SOD_OPS asks" if choice == "fused" else "eager torch only"
+        verdict = f"{ending}: {reason}"
+    say(name, verdict)
     return reason is None
 
 

@@ -8,7 +8,7 @@ are made by request, and by the trainer where it assembles the batch on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ class LossInputs:
     teacher_logprobs: Tensor | None = None  # [N]
     teacher_topk_ids: Tensor | None = None  # [N, K] ids
     teacher_topk_logprobs: Tensor | None = None  # [N, K]
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, Tensor) and (value is not None or field.default is MISSING):
+                raise TypeError(f"{field.name} is a {type(value).__name__}; it must be a tensor")
 
     def detach(self) -> LossInputs:
         """The same as constants."""
@@ -150,7 +156,10 @@ def _check_logits(
 ) -> VocabShard:
     shard = VocabShard.of(logits, vocab_size, group)
     if logits.dtype not in LOGIT_DTYPES:
-        raise ValueError(f"logits has dtype {logits.dtype}; it must be one of {LOGIT_DTYPES}")
+        raise ValueError(
+            f"logits has dtype {logits.dtype}; it must be torch.bfloat16 or torch.float32, call "
+            "bfloat16() or float() on it"
+        )
     if not 0.0 < temperature < float("inf"):
         raise ValueError(
             f"temperature={temperature} must be positive and finite; greedy rollouts have no "
@@ -174,13 +183,14 @@ def check_kernel_logits(logits: Tensor, *, overwrite_logits: bool) -> None:
 
     Raises:
         ValueError: another dtype, columns of a row that do not lie side by side, rows that overlap,
-            or a leaf that would become its own gradient.
+            or a leaf (or view of one) that would become its own gradient.
     """
     check_kernel_dtype("logits", logits.dtype)
-    if overwrite_logits and logits.is_leaf and logits.requires_grad:
+    source = logits if logits._base is None else logits._base
+    if overwrite_logits and source.is_leaf and source.requires_grad:
         raise ValueError(
-            "overwrite_logits=True, but logits is a leaf: its values would be lost to its own "
-            "gradient; pass what an operation returned, or overwrite_logits=False"
+            "overwrite_logits=True, but logits is a leaf, or a view of one: its values would be "
+            "lost to its own gradient; pass what an operation made anew, or overwrite_logits=False"
         )
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(

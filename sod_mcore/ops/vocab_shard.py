@@ -72,7 +72,7 @@ class VocabShard:
         if bool(bad.any()):
             raise ValueError(
                 f"{name} holds {int(token_ids[bad][0])}; ids must lie in "
-                f"[{lowest}, {self.vocab_size}). Do student and data share one tokenizer?"
+                f"[{lowest}, {self.vocab_size}). Do student, teacher and data share one tokenizer?"
             )
 
 

@@ -104,6 +104,13 @@ def test_a_rule_of_step_weights_that_does_not_exist(tree: dict[str, Any]) -> Non
     assert "algorithm.weighting is 'sodd'; it must be one of sod, uniform" in found
 
 
+def test_an_implementation_that_does_not_exist(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOD_OPS", "bogus")
+    assert "SOD_OPS=bogus must be one of auto, eager, fused" in problem(tree)
+
+
 def test_a_source_without_a_verifier(tree: dict[str, Any], tmp_path: Path) -> None:
     other = tmp_path / "other.parquet"
     prompts(other, ["5+5?", "6+6?"], data_source="gsm8k")

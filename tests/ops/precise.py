@@ -95,6 +95,11 @@ def apply(operation: Operation, problem: Problem, logits: Tensor, **options: Any
     )
 
 
+def overwritable(logits: Tensor) -> Tensor:
+    """The same memory as what an operation has made: no leaf, and no view of one."""
+    return logits.detach().add_(torch.zeros((), dtype=logits.dtype, requires_grad=True))
+
+
 def solve(operation: Operation, problem: Problem, **options: Any) -> tuple[StepWeightedKL, Tensor]:
     """Result and gradient of the logits."""
     logits = problem.logits.clone().requires_grad_()

@@ -425,13 +425,14 @@ def test_arguments_are_checked_as_by_the_reference() -> None:
         fused_logprobs(torch.zeros(8).expand(4, 8), torch.zeros(4, dtype=torch.long), vocab_size=8)
     with pytest.raises(ValueError, match=r"logits has dtype torch\.float64"):
         fused_logprobs(torch.zeros(4, 8).double(), torch.zeros(4).long(), vocab_size=8)
-    with pytest.raises(ValueError, match="logits is a leaf"):
-        fused_logprobs(
-            torch.zeros(4, 8).requires_grad_(),
-            torch.zeros(4).long(),
-            vocab_size=8,
-            overwrite_logits=True,
-        )
+    leaf = torch.zeros(4, 2, 8).requires_grad_()
+    for logits in (torch.zeros(4, 8).requires_grad_(), leaf[:, 0], leaf.view(8, 8)):
+        targets = torch.zeros(len(logits)).long()
+        with pytest.raises(ValueError, match="logits is a leaf, or a view of one"):
+            fused_logprobs(logits, targets, vocab_size=8, overwrite_logits=True)
+    problem.arguments["advantages"] = 1.0
+    with pytest.raises(TypeError, match="advantages is a float; it must be a tensor"):
+        solve(fused_loss, problem)
     with pytest.raises(ValueError, match="must lie side by side"):
         fused_logprobs(torch.zeros(8, 4).T, torch.zeros(4, dtype=torch.long), vocab_size=8)
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sod_mcore import ops
 from sod_mcore.ops import reference
 from tests.ops.cases import EVERYTHING
-from tests.ops.precise import Problem, apply, make_problem
+from tests.ops.precise import Problem, apply, make_problem, overwritable
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -36,7 +36,7 @@ class LargestAllocation(TorchDispatchMode):
 
 def largest_allocation(problem: Problem, step_weighted_kl: Callable[..., Any]) -> float:
     """In units of the logits, forward and backward."""
-    logits = problem.logits.requires_grad_().view_as(problem.logits)
+    logits = overwritable(problem.logits)
     with LargestAllocation() as mode:
         result = apply(step_weighted_kl, problem, logits, overwrite_logits=True)
         torch.autograd.grad(result.token_loss.sum(), logits)
@@ -56,9 +56,10 @@ PROGRAM = """
 import torch
 from benchmarks.fused_op_contestants import fused_loss, make_problem
 from benchmarks.measure import Contestant, take_turns
+from tests.ops.precise import overwritable
 
 problem = make_problem(128, 151_936, torch.{dtype}, torch.device("cpu"))
-logits = problem.logits.requires_grad_().view_as(problem.logits)
+logits = overwritable(problem.logits)
 run = lambda: torch.autograd.grad(fused_loss(problem, logits).sum(), logits)
 measured = take_turns({{"": Contestant(lambda: None, run)}}, torch.device("cpu"), 3)[""]
 print(measured.peak_bytes / problem.logits.nbytes)
