@@ -30,7 +30,9 @@ FLOAT32_CASES = (
     LayoutCase("dp2_padded", "paper", data=2, packing="padded", micro_batch_tokens=400),
     LayoutCase("tp2_pp2", "paper", tensor=2, pipeline=2, micro_batch_tokens=700),
     LayoutCase("tp1_clipped", "clipped", packing="padded"),
-    LayoutCase("tp1_eager_operations", "clipped", ops="eager"),
+    LayoutCase("tp1_reverse", "reverse"),
+    LayoutCase("tp1_eager_operations", "reverse", ops="eager"),
+    LayoutCase("tp2_reverse", "reverse", tensor=2, packing="padded"),
     LayoutCase(
         "tp2_pp2_chunked",
         "clipped",
@@ -81,12 +83,13 @@ BFLOAT16_CASES = (
         precision="bf16",
     ),
 )
-ONE_RANK = {"paper": "tp1", "clipped": "tp1_clipped"}
+ONE_RANK = {"paper": "tp1", "clipped": "tp1_clipped", "reverse": "tp1_reverse"}
 
 LOSS_TOLERANCE = 2e-6
 """Relative, float32."""
-GRADIENT_TOLERANCE = 1e-5
-"""Of the tensor's largest entry, or of the whole gradient's norm, float32."""
+GRADIENT_TOLERANCE = {"paper": 1e-5, "clipped": 1e-5, "reverse": 3e-5}
+"""Of the tensor's largest entry, or of the whole gradient's norm, float32. The reverse KL
+multiplies the rounding of a log-prob by log-ratios of student and teacher, some nats; 6e-6 was seen."""
 
 BFLOAT16_TOLERANCE = {"loss_to_eager": 5e-3, "norm_to_eager": 5e-2, "gradient_to_eager": 0.25}
 """Measured on six batches, which differ in every live run: at most 2.1e-3, 2.2e-2 and 0.12."""
@@ -96,7 +99,9 @@ BFLOAT16_TOLERANCE = {"loss_to_eager": 5e-3, "norm_to_eager": 5e-2, "gradient_to
 def objectives(live_run: LiveRun) -> dict[str, AlgorithmConfig]:
     """``paper``: distillation as an advantage, of the weights that sampled, ratio 1. ``clipped``:
     later weights, ratios to those that sampled, with all three clips at work, and the teacher's
-    top-K tokens. Both losses are far from 0, as relative differences need: they hold a divergence.
+    top-K tokens. ``reverse``: the same with the reverse KL, whose gradient divides by what the
+    teacher's top-K leaves, a small difference of large numbers. All losses are far from 0, as
+    relative differences need: they hold a divergence.
 
     The clips are moved between the ratios of two tokens: rounding must not decide which side a
     token is on.
@@ -107,20 +112,17 @@ def objectives(live_run: LiveRun) -> dict[str, AlgorithmConfig]:
         paper,
         distillation="none",
         old_logprobs="rollout",
-        # Its gradient divides by what the teacher's top-K leaves, a small difference of large
-        # numbers: float64 has to compute it.
-        topk=TopKConfig(k=16, divergence="reverse_kl"),
+        topk=TopKConfig(k=16, divergence="forward_kl"),
     )
     ratios = eager_update(student_of(live_run, "clipped"), trajectories(live_run), clipped).ratios
-    return {
-        "paper": paper,
-        "clipped": dataclasses.replace(
-            clipped,
-            clip_low=1 - between_tokens(ratios, 1 - clipped.clip_low),
-            clip_high=between_tokens(ratios, 1 + clipped.clip_high) - 1,
-            dual_clip=between_tokens(ratios, clipped.dual_clip),
-        ),
-    }
+    clipped = dataclasses.replace(
+        clipped,
+        clip_low=1 - between_tokens(ratios, 1 - clipped.clip_low),
+        clip_high=between_tokens(ratios, 1 + clipped.clip_high) - 1,
+        dual_clip=between_tokens(ratios, clipped.dual_clip),
+    )
+    reverse = dataclasses.replace(clipped, topk=TopKConfig(k=16, divergence="reverse_kl"))
+    return {"paper": paper, "clipped": clipped, "reverse": reverse}
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +237,7 @@ def test_float32(
     }
     record(differences, case, record_property)
     for name, value in differences.items():
-        limit = LOSS_TOLERANCE if name.startswith("loss") else GRADIENT_TOLERANCE
+        limit = LOSS_TOLERANCE if name.startswith("loss") else GRADIENT_TOLERANCE[case.objective]
         assert value < limit, differences
     assert update.metrics["update/tokens"] == len(eager.ratios)
     assert update.metrics["update/clip_fraction"] == pytest.approx(eager.clip_fraction)
