@@ -89,7 +89,7 @@ LOSS_TOLERANCE = 2e-6
 """Relative, float32."""
 GRADIENT_TOLERANCE = {"paper": 1e-5, "clipped": 1e-5, "reverse": 3e-5}
 """Of the tensor's largest entry, or of the whole gradient's norm, float32. The reverse KL
-multiplies the rounding of a log-prob by log-ratios of student and teacher, some nats; 6e-6 was seen."""
+multiplies the rounding of a log-prob by log-ratios of some nats; 6e-6 was seen."""
 
 BFLOAT16_TOLERANCE = {"loss_to_eager": 5e-3, "norm_to_eager": 5e-2, "gradient_to_eager": 0.25}
 """Measured on six batches, which differ in every live run: at most 2.1e-3, 2.2e-2 and 0.12."""
