@@ -22,6 +22,7 @@ LOGIT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 ID_DTYPES = (torch.int32, torch.int64)
 MAX_TOPK = 128
+DEFAULT_CHUNK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ def check_linear_arguments(
             f"{weight.device}; they must be alike"
         )
     if chunk_rows < 1:
-        raise ValueError(f"chunk_rows={chunk_rows} must be at least 1; 4096 is the usual value")
+        raise ValueError(
+            f"chunk_rows={chunk_rows} must be at least 1; {DEFAULT_CHUNK_ROWS} is the usual value"
+        )
     dtype = hidden.dtype if logits_dtype is None else logits_dtype
     if dtype not in (hidden.dtype, torch.float32):
         raise ValueError(

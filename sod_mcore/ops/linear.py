@@ -7,8 +7,8 @@ only scale the gradients, so it has to be one number for all tokens: a loss that
 losses, times a constant.
 
 When to take it: where the logits of all rows do not fit. It holds a float32 gradient of the weight
-meanwhile, so at h = 1024 it took as much memory as the logits of 4,096 rows and two thirds of those
-of 8,192, in 1.02 to 1.2 times their time (bf16 on two CPU cores, chunks of 1,024 rows;
+meanwhile: at h = 1024 it took 1.2 times the memory of all logits of 4,096 rows and two thirds of
+that of 8,192, in 1.06 to 1.18 times their time (bf16 on two CPU cores, chunks of 1,024 rows;
 benchmarks/output_head.py).
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sod_mcore.ops.arguments import (
+    DEFAULT_CHUNK_ROWS,
     LossInputs,
     check_kernel_dtype,
     check_linear_arguments,
@@ -33,8 +34,6 @@ from sod_mcore.ops.arguments import (
 from sod_mcore.ops.kernels import Kernels, TokenIds, TokenLoss, named_terms
 from sod_mcore.ops.objective import Objective
 from sod_mcore.ops.result import StepWeightedKL
-
-DEFAULT_CHUNK_ROWS = 4096
 
 
 def linear_vocab_parallel_logprobs(

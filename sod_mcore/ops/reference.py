@@ -18,6 +18,7 @@ from torch import Tensor
 from sod_mcore.algorithm.divergences import k2_divergence, k3_divergence, topk_divergence
 from sod_mcore.algorithm.policy_loss import clipped_token_loss
 from sod_mcore.ops.arguments import (
+    DEFAULT_CHUNK_ROWS,
     LossInputs,
     check_linear_arguments,
     check_logprob_arguments,
@@ -164,7 +165,7 @@ def linear_vocab_parallel_logprobs(
     vocab_size: int,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
-    chunk_rows: int = 4096,
+    chunk_rows: int = DEFAULT_CHUNK_ROWS,
     logits_dtype: torch.dtype | None = None,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -190,7 +191,7 @@ def linear_step_weighted_kl(
     weight: Tensor,
     targets: Tensor,
     *,
-    chunk_rows: int = 4096,
+    chunk_rows: int = DEFAULT_CHUNK_ROWS,
     logits_dtype: torch.dtype | None = None,
     **arguments: Any,
 ) -> StepWeightedKL:
