@@ -15,7 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sod_mcore.algorithm.weights import StepWeights
+from sod_mcore.algorithm.weights import (
+    StepWeights,
+    spread_over_tokens,
+    weights_from_divergence,
+)
 from sod_mcore.config import AlgorithmConfig, ConfigError
 
 
@@ -53,11 +57,12 @@ def sod(facts: StepFacts, config: AlgorithmConfig) -> Tensor:
     ``d_1`` is at least ``weight_first_divergence_floor``: where the first step all but agrees with
     the teacher, it would mute every later one.
     """
-    first = facts.divergence[:, :1].clamp(min=config.weight_first_divergence_floor)
-    ratio = (first + config.weight_epsilon) / (facts.divergence + config.weight_epsilon)
-    weights = ratio.clamp(max=1.0 + config.weight_delta)
-    weights[:, :1] = 1.0
-    return weights
+    return weights_from_divergence(
+        facts.divergence,
+        config.weight_epsilon,
+        config.weight_delta,
+        first_floor=config.weight_first_divergence_floor,
+    )
 
 
 def uniform(facts: StepFacts, config: AlgorithmConfig) -> Tensor:
@@ -139,10 +144,6 @@ def apply_rule(steps: StepWeights, facts: StepFacts, config: AlgorithmConfig) ->
             f"shape {tuple(is_step.shape)}; it gave {tuple(weights.shape)}, from "
             f"{float(weights.min()) if weights.numel() else 'nothing'} on"
         )
-    dtype = steps.token_weights.dtype
-    weights = weights.to(dtype).masked_fill(~is_step, torch.nan)
-    token_weights = torch.zeros_like(steps.token_weights)
-    if weights.shape[1]:
-        inside = steps.step_index >= 0
-        token_weights = weights.gather(1, steps.step_index.clamp(min=0)).masked_fill(~inside, 0.0)
+    weights = weights.to(steps.token_weights.dtype).masked_fill(~is_step, torch.nan)
+    token_weights = spread_over_tokens(weights, steps.step_index)
     return dataclasses.replace(steps, step_weights=weights, token_weights=token_weights)

@@ -101,14 +101,10 @@ def _weights_of_samples(
     divergence, lengths = _step_means(
         (student_logprobs.double() - teacher_logprobs.double()).abs(), step_index, num_steps
     )
-    weights = _weights_from_divergence(divergence, epsilon, delta)
-    token_weights = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
-    if weights.shape[1]:
-        token_weights = weights.gather(1, step_index.clamp(min=0)).masked_fill(~mask, 0.0)
-
+    weights = weights_from_divergence(divergence, epsilon, delta)
     dtype = torch.promote_types(student_logprobs.dtype, torch.float32)
     return StepWeights(
-        token_weights=token_weights.to(dtype),
+        token_weights=spread_over_tokens(weights, step_index).to(dtype),
         step_index=step_index,
         step_divergence=divergence.to(dtype),
         step_weights=weights.to(dtype),
@@ -154,9 +150,20 @@ def _step_means(values: Tensor, step_index: Tensor, num_steps: Tensor) -> tuple[
     return sums / lengths, lengths
 
 
-def _weights_from_divergence(divergence: Tensor, epsilon: float, delta: float) -> Tensor:
-    """Apply Eq. 7 to ``divergence [B, K]``; NaN stays NaN."""
-    ratio = (divergence[:, :1] + epsilon) / (divergence + epsilon)
+def spread_over_tokens(step_weights: Tensor, step_index: Tensor) -> Tensor:
+    """``[B, K], [B, T] -> [B, T]``: the weight of each token's step, 0 where the index is -1."""
+    if step_weights.shape[1] == 0:
+        return step_weights.new_zeros(step_index.shape)
+    weights = step_weights.gather(1, step_index.clamp(min=0))
+    return weights.masked_fill(step_index < 0, 0.0)
+
+
+def weights_from_divergence(
+    divergence: Tensor, epsilon: float, delta: float, *, first_floor: float = 0.0
+) -> Tensor:
+    """Apply Eq. 7 to ``divergence [B, K]``, with ``d_1`` at least ``first_floor``; keeps NaN."""
+    first = divergence[:, :1].clamp(min=first_floor)
+    ratio = (first + epsilon) / (divergence + epsilon)
     # inf / inf, when the first step is infinitely far from the teacher as well.
     ratio = ratio.masked_fill(torch.isinf(divergence), 0.0)
     weights = ratio.clamp(max=1.0 + delta)

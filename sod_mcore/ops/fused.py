@@ -22,7 +22,7 @@ from sod_mcore.ops.arguments import (
     check_logprob_arguments,
     check_loss_arguments,
 )
-from sod_mcore.ops.kernels import GradientCoefficients, Kernels, TokenIds, named_terms
+from sod_mcore.ops.kernels import GradientCoefficients, Kernels, TokenIds, result_of
 from sod_mcore.ops.objective import Objective
 from sod_mcore.ops.result import StepWeightedKL
 
@@ -79,18 +79,7 @@ def step_weighted_kl(
     )
     check_kernel_logits(logits, overwrite_logits=overwrite_logits)
     call = _Call(Kernels(extension, shard, 1.0 / temperature), inputs, objective, overwrite_logits)
-    token_loss, logprobs, entropy, ratio, is_clipped, terms, topk_logprobs = _StepWeightedKL.apply(
-        logits, call
-    )
-    return StepWeightedKL(
-        token_loss=token_loss,
-        logprobs=logprobs,
-        entropy=entropy,
-        ratio=ratio,
-        is_clipped=is_clipped,
-        terms=named_terms(terms, objective),
-        topk_logprobs=topk_logprobs,
-    )
+    return result_of(_StepWeightedKL.apply(logits, call), objective)
 
 
 @dataclass(frozen=True)
@@ -143,14 +132,7 @@ class _StepWeightedKL(torch.autograd.Function):
         ids = TokenIds.of(inputs)
         statistics = kernels.summed_statistics(logits, ids)
         result, coefficients = kernels.token_loss(statistics, ids, call.objective, inputs)
-        reported = (
-            result.logprobs,
-            result.entropy,
-            result.ratio,
-            result.is_clipped,
-            result.terms,
-            result.topk_logprobs,
-        )
+        reported = result.reported
         ctx.mark_non_differentiable(*(values for values in reported if values is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(

@@ -7,7 +7,7 @@ stream of the allocator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sod_mcore.ops.arguments import LossInputs
 from sod_mcore.ops.objective import Objective
+from sod_mcore.ops.result import StepWeightedKL
 from sod_mcore.ops.vocab_shard import VocabShard
 
 TERM_NAMES = ("policy", "k2", "k3", "topk", "entropy")
@@ -64,6 +65,18 @@ class TokenLoss:
     is_clipped: Tensor  # [N] bool
     terms: Tensor  # [5, N]
     topk_logprobs: Tensor | None  # [N, K]
+
+    @property
+    def reported(self) -> tuple[Tensor | None, ...]:
+        """All but the loss, in the order of :class:`StepWeightedKL`."""
+        return (
+            self.logprobs,
+            self.entropy,
+            self.ratio,
+            self.is_clipped,
+            self.terms,
+            self.topk_logprobs,
+        )
 
 
 @dataclass(frozen=True)
@@ -261,7 +274,21 @@ class Kernels:
         )
 
 
-def named_terms(terms: Tensor, objective: Objective) -> dict[str, Tensor]:
+def result_of(outputs: Sequence[Tensor], objective: Objective) -> StepWeightedKL:
+    """From an autograd function's outputs: the token losses, then :attr:`TokenLoss.reported`."""
+    token_loss, logprobs, entropy, ratio, is_clipped, terms, topk_logprobs = outputs
+    return StepWeightedKL(
+        token_loss=token_loss,
+        logprobs=logprobs,
+        entropy=entropy,
+        ratio=ratio,
+        is_clipped=is_clipped,
+        terms=_named_terms(terms, objective),
+        topk_logprobs=topk_logprobs,
+    )
+
+
+def _named_terms(terms: Tensor, objective: Objective) -> dict[str, Tensor]:
     """Rows of ``TokenLoss.terms`` whose coefficient is not 0, under their public names."""
     coefficients = (
         objective.policy_coefficient,

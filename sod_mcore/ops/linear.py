@@ -31,7 +31,7 @@ from sod_mcore.ops.arguments import (
     check_logprob_arguments,
     check_loss_arguments,
 )
-from sod_mcore.ops.kernels import Kernels, TokenIds, TokenLoss, named_terms
+from sod_mcore.ops.kernels import Kernels, TokenIds, TokenLoss, result_of
 from sod_mcore.ops.objective import Objective
 from sod_mcore.ops.result import StepWeightedKL
 
@@ -73,7 +73,7 @@ def linear_vocab_parallel_logprobs(
         weight=weight,
         wants_gradient=_wants_gradient(hidden, weight),
     )
-    logprobs, entropy, *_ = _LinearLoss.apply(hidden, weight, call)
+    logprobs, _, entropy, *_ = _LinearLoss.apply(hidden, weight, call)
     return logprobs, entropy
 
 
@@ -115,18 +115,7 @@ def linear_step_weighted_kl(
         weight=weight,
         wants_gradient=_wants_gradient(hidden, weight),
     )
-    token_loss, entropy, logprobs, ratio, is_clipped, terms, topk_logprobs = _LinearLoss.apply(
-        hidden, weight, call
-    )
-    return StepWeightedKL(
-        token_loss=token_loss,
-        logprobs=logprobs,
-        entropy=entropy,
-        ratio=ratio,
-        is_clipped=is_clipped,
-        terms=named_terms(terms, objective),
-        topk_logprobs=topk_logprobs,
-    )
+    return result_of(_LinearLoss.apply(hidden, weight, call), objective)
 
 
 @dataclass(frozen=True)
@@ -144,7 +133,7 @@ class _Call:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """``value [N]``, differentiable up to one factor; entropy and the reported values."""
+    """``value [N]``, differentiable up to one factor, and the reported values."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, call: _Call) -> tuple[Tensor | None, ...]:
@@ -156,14 +145,7 @@ class _LinearLoss(torch.autograd.Function):
             parts.append(_run_chunk(call, hidden, weight, projection, rows, gradients))
         result = _join(parts)
         value = result.logprobs.clone() if call.inputs is None else result.token_loss
-        reported = (
-            result.entropy,
-            result.logprobs,
-            result.ratio,
-            result.is_clipped,
-            result.terms,
-            result.topk_logprobs,
-        )
+        reported = result.reported
         ctx.mark_non_differentiable(*(values for values in reported if values is not None))
         ctx.set_materialize_grads(False)
         ctx.weight, ctx.gradients = call.weight, gradients

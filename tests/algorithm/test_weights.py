@@ -1,5 +1,6 @@
 """Step weights against hand-checked vectors and against the running product of Eq. 7."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sod_mcore.algorithm import compute_step_weights
+from sod_mcore.algorithm import weights as weights_module
 from tests.algorithm import slow_reference
 
 INF = math.inf
@@ -206,3 +208,22 @@ def test_weights_are_causal(samples: list[list[tuple[float, float, bool, int]]])
     cut = compute_step_weights(student, teacher, mask & (result.step_index <= 1))
     second = result.step_index == 1
     assert torch.equal(result.token_weights[second], cut.token_weights[second])
+
+
+@pytest.mark.parametrize("with_turns", [False, True])
+def test_samples_may_be_worked_off_in_blocks(
+    with_turns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large batches are; blocks differ in how many steps their samples have, and one has none."""
+    generator = torch.Generator().manual_seed(0)
+    student = -torch.rand(7, 40, generator=generator)
+    teacher = student + torch.randn(7, 40, generator=generator)
+    mask = torch.rand(7, 40, generator=generator) < torch.linspace(0, 0.9, 7)[:, None]
+    turns = torch.arange(40).expand(7, 40) // 9 if with_turns else None
+    whole = compute_step_weights(student, teacher, mask, turn_index=turns)
+    monkeypatch.setattr(weights_module, "_BLOCK_VALUES", 80)
+    blocks = compute_step_weights(student, teacher, mask, turn_index=turns)
+    for field in dataclasses.fields(whole):
+        ours, theirs = getattr(blocks, field.name), getattr(whole, field.name)
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
