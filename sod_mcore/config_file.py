@@ -18,25 +18,51 @@ Section = TypeVar("Section")
 def load_config(section: type[Section], path: Path, overrides: Sequence[str] = ()) -> Section:
     """Read ``section`` from a YAML file and apply ``key.sub=value`` overrides.
 
-    Override values are YAML (``true``, ``3``, ``[1, 2]``, ``null``).
+    A file may begin with ``extends: other.yaml``, a path relative to its own folder: its settings
+    are laid over those of the other file. Override values are YAML (``true``, ``3``, ``[1, 2]``).
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value is not allowed.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give the path of a YAML configuration")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {_one_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, not {type(tree).__name__}")
+    tree = _read_tree(path)
     for override in overrides:
         _apply_override(tree, override)
     try:
         return TypeAdapter(section).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_first_problem(section, error)) from error
+
+
+def _read_tree(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a file, laid over those of the file that it extends."""
+    if path.resolve() in extended_by:
+        raise ConfigError(f"{path} extends itself; remove `extends` from one of the files")
+    if not path.is_file():
+        source = f", which {extended_by[-1]} extends" if extended_by else ""
+        raise ConfigError(f"{path}{source}: no such file; give the path of a YAML configuration")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends is {base!r}; it must be the path of one YAML file")
+    return _laid_over(_read_tree(path.parent / base, (*extended_by, path.resolve())), tree)
+
+
+def _laid_over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` over ``base``: sections are joined, values replaced."""
+    joined = dict(base)
+    for key, value in tree.items():
+        below = joined.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = _laid_over(below, value)
+        joined[key] = value
+    return joined
 
 
 def fail(message: str) -> NoReturn:

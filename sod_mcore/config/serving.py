@@ -1,0 +1,75 @@
+"""Settings of the engines."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from sod_mcore.config.base import STRICT, NonNegative, Positive, Seconds
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class EngineConfig:
+    """One served model."""
+
+    model_path: str
+    """Hugging Face folder that the engine loads."""
+    engines: Positive = 1
+    """Engine processes (replicas)."""
+    addresses: tuple[str, ...] = ()
+    """Engines that somebody else runs, as http://host:port; then none is started."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Precision of weights and activations in the engine."""
+    context_length: Positive | None = None
+    """Longest sequence; null takes the model's."""
+    max_total_tokens: Positive | None = None
+    """Size of the key-value cache in tokens; null lets the engine choose."""
+    max_running_requests: Positive | None = None
+    """Requests decoded at the same time; null lets the engine choose."""
+    threads: Positive = 1
+    """CPU threads of an engine without a GPU."""
+    gpus: tuple[NonNegative, ...] = ()
+    """CUDA indices of the GPUs of this model's engines, shared evenly in order; an engine's share
+    is its tensor-parallel size. Empty leaves each engine one GPU of SGLang's choice."""
+    extra_args: tuple[str, ...] = ()
+    """Further command-line arguments of sglang.launch_server, as they stand."""
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class ServingConfig:
+    """The SGLang fleet: one router a model, one front door."""
+
+    student: EngineConfig
+    """The model that generates rollouts; the only one that receives new weights."""
+    teacher: EngineConfig | None = None
+    """The model that scores; may be left out when nothing is distilled."""
+    teachers: dict[str, EngineConfig] = Field(default_factory=dict)
+    """Further teachers by name, for some sources of prompts (teacher.by_source)."""
+    python: str = ".venv-sglang/bin/python"
+    """Interpreter of the environment in which SGLang is installed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where engines run."""
+    host: str = "127.0.0.1"
+    """Interface that every server of ours binds to."""
+    port: NonNegative = 0
+    """Port of the front door; 0 picks a free one."""
+    directory: str | None = None
+    """Folder of the addresses and the engines' logs; null takes run.directory. Runs that name the
+    same folder share the engines, one after the other."""
+    start_timeout_seconds: Seconds = 600.0
+    """Longest wait until every engine answers."""
+    request_timeout_seconds: Seconds = 300.0
+    """Longest wait for one answer of an engine."""
+    max_connections: Positive = 256
+    """Open requests to one router."""
+    weight_sync: Literal["disk", "tensor"] = "disk"
+    """How new weights reach the student's engines: as a folder in run.directory that every engine
+    reads, or by value over HTTP, without a disk."""
+    weight_bucket_mb: Positive = 256
+    """Weights gathered and sent at a time, MiB; bounds what weight_sync adds to rank 0's memory. A
+    tensor that is larger, as the embedding may be, goes alone."""
+    probe_tolerance: Annotated[float, Field(gt=0)] | None = None
+    """Largest difference between trainer's and engine's log-prob of the fixed probe, in nats; null
+    takes 0.001 for a float32 student and 0.2 for a bfloat16 one."""
