@@ -18,8 +18,9 @@ Section = TypeVar("Section")
 def load_config(section: type[Section], path: Path, overrides: Sequence[str] = ()) -> Section:
     """Read ``section`` from a YAML file and apply ``key.sub=value`` overrides.
 
-    A file may begin with ``extends: other.yaml``, a path relative to its own folder: its settings
-    are laid over those of the other file. Override values are YAML (``true``, ``3``, ``[1, 2]``).
+    A file may begin with ``extends: other.yaml``, or a list of such paths, relative to its own
+    folder: each is laid over the ones before it, and the file's own settings over all of them.
+    Override values are YAML (``true``, ``3``, ``[1, 2]``, ``null``).
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value is not allowed.
@@ -34,7 +35,7 @@ def load_config(section: type[Section], path: Path, overrides: Sequence[str] = (
 
 
 def _read_tree(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a file, laid over those of the file that it extends."""
+    """The settings of a file, laid over those of the files that it extends."""
     if path.resolve() in extended_by:
         raise ConfigError(f"{path} extends itself; remove `extends` from one of the files")
     if not path.is_file():
@@ -46,12 +47,19 @@ def _read_tree(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]
         raise ConfigError(f"{path} is not YAML: {_one_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(tree).__name__}")
-    base = tree.pop("extends", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: extends is {base!r}; it must be the path of one YAML file")
-    return _laid_over(_read_tree(path.parent / base, (*extended_by, path.resolve())), tree)
+    joined: dict[str, Any] = {}
+    for base in _bases(path, tree.pop("extends", [])):
+        joined = _laid_over(joined, _read_tree(base, (*extended_by, path.resolve())))
+    return _laid_over(joined, tree)
+
+
+def _bases(path: Path, extends: Any) -> list[Path]:
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"{path}: extends is {extends!r}; it must be the path of a YAML file, or a list of them"
+        )
+    return [path.parent / name for name in names]
 
 
 def _laid_over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:

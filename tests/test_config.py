@@ -181,3 +181,50 @@ def test_a_file_that_is_not_yaml_is_refused_in_one_line(tmp_path: Path, text: st
 
 def test_an_override_that_is_not_yaml_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "the value is not YAML" in load_error(tmp_path, "run.steps=[1")
+
+
+def test_a_file_is_laid_over_those_that_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "base.yaml").write_text(
+        MINIMAL + "algorithm: {group_size: 2, clip_low: 0.1}\nevaluation: {temperatures: [1.0]}"
+    )
+    (tmp_path / "parts" / "method.yaml").write_text("algorithm: {weighting: uniform}")
+    text = (
+        "extends: [parts/base.yaml, parts/method.yaml]\n"
+        "algorithm: {group_size: 4}\nevaluation: {temperatures: [0.0, 0.5]}"
+    )
+    config = load_config(SodConfig, write(tmp_path, text), ["algorithm.clip_low=0.3"])
+    algorithm = config.algorithm
+    assert (algorithm.weighting, algorithm.group_size) == ("uniform", 4)
+    assert algorithm.clip_low == 0.3
+    assert config.evaluation.temperatures == (0.0, 0.5)
+    assert config.run.directory == "runs/a"
+
+
+def test_a_chain_of_files(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(MINIMAL + "algorithm: {group_size: 2, epochs: 2}")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nalgorithm: {group_size: 3}")
+    config = load_config(SodConfig, write(tmp_path, "extends: b.yaml"))
+    assert (config.algorithm.group_size, config.algorithm.epochs) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("extends: run.yaml", "run.yaml extends itself"),
+        ("extends: nowhere.yaml", "nowhere.yaml, which"),
+        ("extends: {a: b}", "extends is {'a': 'b'}; it must be the path of a YAML file"),
+        ("extends: [3]", "extends is [3]; it must be"),
+    ],
+)
+def test_what_cannot_be_extended(tmp_path: Path, text: str, problem: str) -> None:
+    assert problem in load_error(tmp_path, text=text)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "a.b", "a-b"])
+def test_names_that_further_teachers_cannot_have(tmp_path: Path, name: str) -> None:
+    text = (
+        MINIMAL
+        + f"serving: {{student: {{model_path: a}}, teachers: {{{name}: {{model_path: b}}}}}}"
+    )
+    assert "cannot name a further teacher" in load_error(tmp_path, text=text)

@@ -7,6 +7,7 @@ Megatron-Core's own field names through; ``student/`` checks those names before 
 
 from sod_mcore.config.algorithm import AlgorithmConfig, TeacherConfig, TopKConfig
 from sod_mcore.config.base import (
+    HUB_PREFIX,
     STRICT,
     ConfigError,
     Fraction,
@@ -14,7 +15,7 @@ from sod_mcore.config.base import (
     Positive,
     Seconds,
 )
-from sod_mcore.config.evaluation import EvaluationConfig, ReportConfig
+from sod_mcore.config.evaluation import BenchmarkConfig, EvaluationConfig, ReportConfig
 from sod_mcore.config.rollout import (
     ChatConfig,
     DataConfig,
@@ -22,17 +23,26 @@ from sod_mcore.config.rollout import (
     RolloutConfig,
     ToolsConfig,
 )
-from sod_mcore.config.runs import SftConfig, SftDataConfig, SftTrainingConfig, SodConfig
-from sod_mcore.config.serving import EngineConfig, ServingConfig
+from sod_mcore.config.runs import (
+    EvalConfig,
+    SftConfig,
+    SftDataConfig,
+    SftTrainingConfig,
+    SodConfig,
+)
+from sod_mcore.config.serving import EngineConfig, ServingConfig, serving_field
 from sod_mcore.config.training import OptimizerConfig, RunConfig, StudentConfig
 
 __all__ = [
+    "HUB_PREFIX",
     "STRICT",
     "AlgorithmConfig",
+    "BenchmarkConfig",
     "ChatConfig",
     "ConfigError",
     "DataConfig",
     "EngineConfig",
+    "EvalConfig",
     "EvaluationConfig",
     "Fraction",
     "NonNegative",
@@ -52,4 +62,5 @@ __all__ = [
     "TeacherConfig",
     "ToolsConfig",
     "TopKConfig",
+    "serving_field",
 ]

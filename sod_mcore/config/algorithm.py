@@ -94,8 +94,8 @@ class TeacherConfig:
     student's own folder there makes its initial weights the teacher); "live" the student's engines
     with their current weights; "average" serving.teacher, whose engines receive an exponential
     average of the student's weights after each step."""
-    average_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    """Share of the old average that stays after a training step, for weights: average."""
+    average_decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Share of the old average that stays after an optimizer update, for weights: average."""
     by_source: dict[str, str] = Field(default_factory=dict)
     """Teacher by prefix of data_source: names of serving.teachers, or "teacher". The longest prefix
     decides; other sources have serving.teacher."""

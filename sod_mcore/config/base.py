@@ -15,5 +15,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
+HUB_PREFIX = "hf:"
+"""Begins the name of data that lie on the Hugging Face hub and not in a file."""
+
+
 class ConfigError(Exception):
     """A setting that cannot work; the message names the field, the value and the mend."""

@@ -27,6 +27,45 @@ class EvaluationConfig:
     max_prompts: Positive | None = None
     """Prompts used during training; before and after, all of them are."""
 
+    @property
+    def data_files(self) -> tuple[str, ...]:
+        """The files (or names on the hub) of ``data``, however many."""
+        if self.data is None:
+            return ()
+        return (self.data,) if isinstance(self.data, str) else self.data
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class BenchmarkConfig:
+    """What ``python -m sod_mcore.evaluation`` measures; the defaults are the SOD paper's."""
+
+    data: str | tuple[str, ...]
+    """Benchmark files, one or several, as data.train."""
+    output: str
+    """Folder of samples, results and logs; the same folder again continues from its samples."""
+    samples: Positive = 32
+    """Samples of each problem and seed: the n of average@n."""
+    seeds: tuple[int, ...] = (1,)
+    """Names of the repetitions of all samples. Engines draw without a seed: the spread over seeds
+    is that of repeated measurement, and a seed does not bring the same samples again."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Nucleus sampling."""
+    max_prompt_tokens: Positive = 4096
+    """Longest rendered prompt, tool schemas included; a longer one is refused."""
+    max_prompts: Positive | None = None
+    """Problems used of each file, from its beginning; null takes all."""
+    instructions: Literal["published", "none"] = "published"
+    """As data.instructions."""
+    chunk_trajectories: Positive = 256
+    """Samples, at least, that are submitted and kept together; a crash loses those under way."""
+
+    @property
+    def data_files(self) -> tuple[str, ...]:
+        """The files (or names on the hub) of ``data``, however many."""
+        return (self.data,) if isinstance(self.data, str) else self.data
+
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class ReportConfig:

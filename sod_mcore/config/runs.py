@@ -1,4 +1,4 @@
-"""The trees of settings that programs read: distillation, fine-tuning."""
+"""The trees of settings that programs read: distillation, fine-tuning, evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from sod_mcore.config.algorithm import AlgorithmConfig, TeacherConfig
 from sod_mcore.config.base import STRICT, NonNegative, Positive, Seconds
-from sod_mcore.config.evaluation import EvaluationConfig, ReportConfig
+from sod_mcore.config.evaluation import BenchmarkConfig, EvaluationConfig, ReportConfig
 from sod_mcore.config.rollout import (
     ChatConfig,
     DataConfig,
@@ -103,3 +103,23 @@ class SftConfig:
     """Fields of Megatron-Core's DistributedDataParallelConfig, by their own names."""
     chat: ChatConfig = Field(default_factory=ChatConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class EvalConfig:
+    """A whole run of ``python -m sod_mcore.evaluation``."""
+
+    evaluation: BenchmarkConfig
+    serving: ServingConfig
+    """The model is serving.student: a folder that is served for the run, or with addresses the
+    engines that serve it already. Teachers are not started."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    tools: ToolsConfig = Field(default_factory=ToolsConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    chat: ChatConfig = Field(default_factory=ChatConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
+
+    @property
+    def serving_directory(self) -> Path:
+        """Folder of the engines' addresses."""
+        return Path(self.serving.directory or self.evaluation.output)

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from sod_mcore.config.base import STRICT, NonNegative, Positive, Seconds
+
+MAIN_MODELS = ("student", "teacher")
+"""Names of the models that every fleet has; further teachers have names of their own."""
+
+
+def _check_teacher_name(name: str) -> str:
+    if name in MAIN_MODELS or not name.isidentifier():
+        raise ValueError(
+            f"{name!r} cannot name a further teacher; take letters, digits and _, but not "
+            f"{' or '.join(MAIN_MODELS)}"
+        )
+    return name
+
+
+TeacherName = Annotated[str, AfterValidator(_check_teacher_name)]
+"""A name that can be part of a file name and of ``key.sub=value``, and is not taken."""
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -37,6 +53,11 @@ class EngineConfig:
     """Further command-line arguments of sglang.launch_server, as they stand."""
 
 
+def serving_field(model: str) -> str:
+    """The section of a served model, as it is written in a configuration."""
+    return f"serving.{model}" if model in MAIN_MODELS else f"serving.teachers.{model}"
+
+
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class ServingConfig:
     """The SGLang fleet: one router a model, one front door."""
@@ -45,7 +66,7 @@ class ServingConfig:
     """The model that generates rollouts; the only one that receives new weights."""
     teacher: EngineConfig | None = None
     """The model that scores; may be left out when nothing is distilled."""
-    teachers: dict[str, EngineConfig] = Field(default_factory=dict)
+    teachers: dict[TeacherName, EngineConfig] = Field(default_factory=dict)
     """Further teachers by name, for some sources of prompts (teacher.by_source)."""
     python: str = ".venv-sglang/bin/python"
     """Interpreter of the environment in which SGLang is installed."""
@@ -73,3 +94,9 @@ class ServingConfig:
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Largest difference between trainer's and engine's log-prob of the fixed probe, in nats; null
     takes 0.001 for a float32 student and 0.2 for a bfloat16 one."""
+
+    @property
+    def models(self) -> dict[str, EngineConfig]:
+        """Every served model by name: the student, the teacher, further teachers."""
+        main = {"student": self.student, "teacher": self.teacher}
+        return {**{name: engine for name, engine in main.items() if engine}, **self.teachers}

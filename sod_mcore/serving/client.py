@@ -162,7 +162,7 @@ class EngineClient:
         """Sample tokens after ``input_ids``.
 
         Args:
-            model: "student" or "teacher".
+            model: name of a served model.
             input_ids: ``[T]`` token ids.
             sampling: how to sample.
             rid: name of the request, unique among those that run; a second try gets a suffix.

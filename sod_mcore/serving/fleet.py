@@ -26,7 +26,7 @@ class ModelEndpoints:
     """One served model.
 
     Attributes:
-        name: "student" or "teacher".
+        name: "student", "teacher" or that of a further teacher.
         route: base URL for requests: the model's router, or its only engine where none is needed.
         engines: base URLs of the engines, for what a router does not pass on (weights, aborts).
         model_path: Hugging Face folder that the engines loaded at their start.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sod_mcore.config import serving_field
 from sod_mcore.serving.fleet import Endpoints, FleetError, endpoints_path, read_endpoints
 
 POLL_SECONDS = 0.5
@@ -39,7 +40,7 @@ def wait_for_fleets(directories: Sequence[Path], timeout_seconds: float) -> list
 
 
 def address_settings(fleets: Sequence[Endpoints]) -> list[str]:
-    """``serving.<model>.addresses=[...]`` for each model, with the engines of all fleets.
+    """``serving.student.addresses=[...]`` and so on for each model, with the engines of all fleets.
 
     Raises:
         FleetError: the fleets do not serve the same models.
@@ -48,7 +49,7 @@ def address_settings(fleets: Sequence[Endpoints]) -> list[str]:
     if len(names) > 1:
         raise FleetError(f"the fleets serve different models: {sorted(names)}; use one CONFIG")
     return [
-        f"serving.{name}.addresses="
+        f"{serving_field(name)}.addresses="
         + json.dumps([url for fleet in fleets for url in fleet.models[name].engines])
         for name in sorted(fleets[0].models)
     ]

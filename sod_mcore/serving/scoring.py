@@ -50,7 +50,7 @@ async def score(
 
     Args:
         client: an open client.
-        model: "student" or "teacher".
+        model: name of a served model.
         token_ids: ``[T]`` ids, prompt included.
         prompt_length: leading tokens that need no score, from 1 to T.
         top_k: likeliest tokens returned for each position; 0 for none.

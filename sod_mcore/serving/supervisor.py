@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from sod_mcore.config import ConfigError, EngineConfig, ServingConfig
+from sod_mcore.config import ConfigError, EngineConfig, ServingConfig, serving_field
 from sod_mcore.serving import launch, probe
 from sod_mcore.serving.children import Child, Children, wait_for_exit
 from sod_mcore.serving.client import EngineError
@@ -68,11 +68,9 @@ class Fleet:
         """
         launch.host_address(self._serving.host)
         await self._refuse_second_fleet()
-        models = {"student": self._serving.student}
-        if self._serving.teacher is not None:
-            models["teacher"] = self._serving.teacher
+        models = self._serving.models
         folders = {
-            name: read_model_folder(f"serving.{name}.model_path", Path(engine.model_path))
+            name: read_model_folder(f"{serving_field(name)}.model_path", Path(engine.model_path))
             for name, engine in models.items()
         }
         timeout = self._serving.start_timeout_seconds

@@ -1,8 +1,8 @@
 """Gives the student's engines new weights and confirms that they have them.
 
 Called by the trainer, which is synchronous. Weights go to each engine directly: a router would
-reach only one of them. Only the student's engines may be addressed; the teacher never changes.
-How the numbers travel is a :class:`WeightTransfer`: ``disk_transfer``, ``tensor_transfer``.
+reach only one of them. A teacher never changes, unless it is said to follow the student. How the
+numbers travel is a :class:`WeightTransfer`: ``disk_transfer``, ``tensor_transfer``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def update_weights(
     timeout: float,
     *,
     running_requests: Literal["continue", "abort"] = "continue",
+    follows_student: bool = False,
 ) -> None:
     """Bring new weights to every engine of ``model``, and confirm the version that each reports.
 
@@ -39,19 +40,21 @@ def update_weights(
 
     Args:
         endpoints: the fleet.
-        model: must be "student".
+        model: "student", unless ``follows_student``.
         transfer: the way, with the weights.
         version: number of the weights, which each later answer carries.
         timeout: longest wait in seconds for one answer of an engine.
         running_requests: "continue" computes their prefix anew with the new weights and goes on;
             the answer says which version sampled which token. "abort" ends them.
+        follows_student: ``model`` is a teacher that holds an average of the student's weights.
 
     Raises:
-        ValueError: ``model`` is not the student, or ``version`` is negative.
+        ValueError: ``model`` must not change, or ``version`` is negative.
         WeightUpdateError: the weights are damaged or do not fit, or an engine refused, did not
             answer in time, or reports another version.
     """
-    _require_student(model)
+    if model != TRAINED_MODEL and not follows_student:
+        raise ValueError(f"model is {model!r}; only the weights of {TRAINED_MODEL!r} ever change")
     if version < 0:
         raise ValueError(f"version is {version}; versions count from 0")
     transfer.check(endpoints.model(model))
@@ -134,8 +137,3 @@ async def _reported_version(client: EngineClient, url: str) -> int:
 
 def _client(endpoints: Endpoints, timeout: float) -> EngineClient:
     return EngineClient(endpoints, request_timeout_seconds=timeout, keep_alive=False)
-
-
-def _require_student(model: str) -> None:
-    if model != TRAINED_MODEL:
-        raise ValueError(f"model is {model!r}; only the weights of {TRAINED_MODEL!r} ever change")

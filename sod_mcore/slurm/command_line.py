@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sod_mcore.config import ConfigError, SodConfig
+from sod_mcore.config import HUB_PREFIX, ConfigError, SodConfig, serving_field
 from sod_mcore.config_file import fail, load_config
 from sod_mcore.files import write_text
 from sod_mcore.slurm.placement import Placement, place
@@ -128,25 +128,27 @@ def job_values(
 
 def check_paths(config: SodConfig) -> None:
     """Refuse folders and files that are missing, seen from where ``sod slurm`` runs."""
-    files = {"student.model_path": f"{config.student.model_path}/config.json"}
-    if config.run.replay is not None:
-        files["run.replay"] = config.run.replay
-    else:
-        files["data.train"] = config.data.train
-        if config.evaluation.data is not None:
-            files["evaluation.data"] = config.evaluation.data
-        if config.serving is not None:
-            files["serving.student.model_path"] = f"{config.serving.student.model_path}/config.json"
-            if "/" in config.serving.python:
-                files["serving.python"] = config.serving.python
-        if config.serving is not None and config.serving.teacher is not None:
-            files["serving.teacher.model_path"] = f"{config.serving.teacher.model_path}/config.json"
-    for field_name, path in files.items():
-        if not Path(path).exists():
+    for field_name, path in _paths(config):
+        if not path.startswith(HUB_PREFIX) and not Path(path).exists():
             raise ConfigError(
                 f"{field_name}: {path} does not exist; the job starts in {Path.cwd()}, so give "
                 "paths from there, or absolute ones"
             )
+
+
+def _paths(config: SodConfig) -> list[tuple[str, str]]:
+    """Settings that name something which must be there, with what they name."""
+    paths = [("student.model_path", f"{config.student.model_path}/config.json")]
+    if config.run.replay is not None:
+        return [*paths, ("run.replay", config.run.replay)]
+    paths.append(("data.train", config.data.train))
+    paths += [("evaluation.data", path) for path in config.evaluation.data_files]
+    if config.serving is not None:
+        for name, engine in config.serving.models.items():
+            paths.append((f"{serving_field(name)}.model_path", f"{engine.model_path}/config.json"))
+        if "/" in config.serving.python:
+            paths.append(("serving.python", config.serving.python))
+    return paths
 
 
 def describe(request: Request, placement: Placement) -> str:

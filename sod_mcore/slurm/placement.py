@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sod_mcore.config import ConfigError, EngineConfig, ServingConfig, SodConfig
+from sod_mcore.config import ConfigError, EngineConfig, ServingConfig, SodConfig, serving_field
 from sod_mcore.slurm.request import Request
 
 MODEL_PARALLEL_FIELDS = (
@@ -97,18 +97,15 @@ def _ranks_per_node(request: Request, engine_gpus: set[int]) -> int:
 
 def _engine_gpus(serving: ServingConfig, request: Request) -> set[int]:
     """GPUs that the engines of one node take."""
-    models = {"student": serving.student}
-    if serving.teacher is not None:
-        models["teacher"] = serving.teacher
     taken: set[int] = set()
-    for name, engine in models.items():
+    for name, engine in serving.models.items():
         if engine.addresses:
             continue
-        _check_gpus(f"serving.{name}", engine, serving, request)
+        _check_gpus(serving_field(name), engine, serving, request)
         shared = taken & set(engine.gpus)
         if shared:
             raise ConfigError(
-                f"serving.{name}.gpus is {list(engine.gpus)}: the other model's engines take GPU "
+                f"{serving_field(name)}.gpus is {list(engine.gpus)}: another model's engines take GPU "
                 f"{min(shared)} as well; give each model its own"
             )
         taken |= set(engine.gpus)
@@ -140,10 +137,10 @@ def _check_gpus(
 
 def _refuse_addresses(serving: ServingConfig, request: Request) -> None:
     """The templates for several nodes pass the engines' addresses on in those settings."""
-    for name, engine in (("student", serving.student), ("teacher", serving.teacher)):
-        if engine is not None and engine.addresses and request.template != "one_node":
+    for name, engine in serving.models.items():
+        if engine.addresses and request.template != "one_node":
             raise ConfigError(
-                f"serving.{name}.addresses is {list(engine.addresses)}, but --template "
+                f"{serving_field(name)}.addresses is {list(engine.addresses)}, but --template "
                 f"{request.template} starts the engines itself; leave it out, or choose one_node"
             )
 

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from sod_mcore.config import ConfigError
 from sod_mcore.files import make_empty, naming, replace_folder, temporary_folder, write_text
+from sod_mcore.student.average import WeightAverage
 from sod_mcore.student.exchange import broadcast_from_rank0, wait_for_all
 from sod_mcore.student.model import load_parameters, sharded_parameters, unwrap
 from sod_mcore.student.optimizer import initialize_adam_state
@@ -49,6 +50,7 @@ class TrainingState:
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     layout: ParallelLayout
+    average: WeightAverage | None = None
 
 
 def save(
@@ -99,6 +101,8 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
     loaded = _read_tensors(state, folder)
     load_parameters(state.model, loaded["model"])
     state.optimizer.load_state_dict(loaded["optimizer"])
+    if state.average is not None:
+        state.average.load(loaded["average"])
     state.schedule.num_steps = 0
     state.schedule.step(header["schedule_steps"])
     if header["layout"] == _layout_header(state.layout):
@@ -158,7 +162,10 @@ def _sharded_state(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:
     }
     model = sharded_parameters(state.model, metadata)
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer}
+    sharded = {"model": model, "optimizer": optimizer}
+    if state.average is not None:
+        sharded["average"] = state.average.sharded_state(metadata)
+    return sharded
 
 
 def _complete(
@@ -213,18 +220,19 @@ def _optimizer_header(state: TrainingState) -> dict[str, Any]:
     return {
         "optimizer.distributed": state.model.ddp_config.use_distributed_optimizer,
         "student.precision": "bf16" if is_bf16 else "fp32",
+        "teacher.weights=average": state.average is not None,
     }
 
 
 def _check_optimizer(
     header: Mapping[str, Any], configured: Mapping[str, Any], folder: Path
 ) -> None:
-    saved = header.get("optimizer", configured)  # earlier versions did not write it
+    saved = header.get("optimizer", {})  # earlier versions did not write all of it
     for name, value in configured.items():
-        if saved[name] != value:
+        if saved.get(name, value) != value:
             raise ConfigError(
                 f"{name} is {json.dumps(value)}, but {folder} was saved with "
-                f"{json.dumps(saved[name])}, and its optimizer state fits nothing else; set {name} "
+                f"{json.dumps(saved[name])}, and its state fits nothing else; set {name} "
                 "back, or start from an exported folder in another run.directory"
             )
 

@@ -22,6 +22,7 @@ from sod_mcore import ops
 from sod_mcore.config import OptimizerConfig, StudentConfig
 from sod_mcore.student import checkpoint
 from sod_mcore.student.architecture import Architecture, read_architecture
+from sod_mcore.student.average import WeightAverage
 from sod_mcore.student.conversion.export import NamedTensors, iterate_hf_tensors
 from sod_mcore.student.conversion.load import load_hf_weights
 from sod_mcore.student.conversion.save import save_hf_folder
@@ -77,6 +78,7 @@ class Student:
     schedule: OptimizerParamScheduler
     batches: Schedule
     source_folder: Path
+    average: WeightAverage | None = None
 
     @classmethod
     def build(
@@ -87,6 +89,7 @@ class Student:
         *,
         total_updates: int,
         seed: int,
+        average_decay: float | None = None,
     ) -> Student:
         """Build the student; its weights are unset until :meth:`load_hf` or a checkpoint.
 
@@ -95,6 +98,7 @@ class Student:
         Args:
             ddp: fields of Megatron's DistributedDataParallelConfig.
             total_updates: optimizer updates of the whole run, the horizon of the schedule.
+            average_decay: keep an average of the weights with this decay; None keeps none.
         """
         layout = current_layout()
         seed_everything(seed, layout)
@@ -123,6 +127,7 @@ class Student:
                 head=make_output_head(student),
             ),
             source_folder=Path(student.model_path),
+            average=None if average_decay is None else WeightAverage(model, average_decay),
         )
 
     @property
@@ -134,6 +139,8 @@ class Student:
         """Set the weights from a Hugging Face folder; the optimizer starts from them."""
         load_hf_weights(unwrap(self.model), self.architecture, self.layout, folder)
         self.optimizer.reload_model_params()
+        if self.average is not None:
+            self.average.restart()
 
     def compute_logprobs(self, micro_batches: MicroBatches) -> list[NDArray[np.float32]] | None:
         """Log-probs of the tokens that carry loss, by a forward pass.
@@ -164,10 +171,13 @@ class Student:
         """One optimizer update on the cross-entropy of the masked tokens."""
         return self._update(micro_batches, None)
 
-    def hf_tensors(self, bucket_bytes: int) -> Iterator[NamedTensors]:
-        """The weights under Hugging Face names; see :func:`iterate_hf_tensors`."""
+    def hf_tensors(self, bucket_bytes: int, *, averaged: bool = False) -> Iterator[NamedTensors]:
+        """The weights, or their average, under Hugging Face names; :func:`iterate_hf_tensors`."""
         self._wait_for_parameters()
-        return iterate_hf_tensors(unwrap(self.model), self.architecture, self.layout, bucket_bytes)
+        parameters = self.average.parameters() if averaged and self.average else None
+        return iterate_hf_tensors(
+            unwrap(self.model), self.architecture, self.layout, bucket_bytes, parameters
+        )
 
     def export_hf(
         self,
@@ -175,14 +185,16 @@ class Student:
         *,
         dtype: torch.dtype | None = None,
         bucket_bytes: int = EXPORT_BUCKET_BYTES,
+        averaged: bool = False,
     ) -> None:
         """Write a Hugging Face folder; complete on return, on every rank.
 
         Args:
             dtype: of the weights on disk; None keeps the model's.
             bucket_bytes: size of each file, and of what rank 0 gathers at a time.
+            averaged: write the average of the weights instead.
         """
-        buckets = self.hf_tensors(bucket_bytes)
+        buckets = self.hf_tensors(bucket_bytes, averaged=averaged)
         if self.layout.rank == 0:
             save_hf_folder(buckets, self.source_folder, folder, dtype=dtype)
         else:
@@ -202,7 +214,9 @@ class Student:
         return checkpoint.load_newest(self._state(), Path(directory))
 
     def _state(self) -> checkpoint.TrainingState:
-        return checkpoint.TrainingState(self.model, self.optimizer, self.schedule, self.layout)
+        return checkpoint.TrainingState(
+            self.model, self.optimizer, self.schedule, self.layout, self.average
+        )
 
     def _wait_for_parameters(self) -> None:
         """With overlapped gathering, weights are stale until the next forward pass needs them."""
@@ -219,6 +233,9 @@ class Student:
         lr = float(self.optimizer.param_groups[0]["lr"])
         _, grad_norm, _ = self.optimizer.step()
         self.schedule.step(1)
+        if self.average is not None:
+            self._wait_for_parameters()
+            self.average.update()
         totals = sum_over_ranks(sums if self.layout.reports_loss else {}, self.layout.world_group)
         means = {name: total / num_tokens for name, total in totals.items()}
         return UpdateResult(

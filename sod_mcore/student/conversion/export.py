@@ -7,7 +7,7 @@ over its tensor-parallel ranks, and its first rank sends the result to global ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -23,18 +23,25 @@ NamedTensors = list[tuple[str, torch.Tensor]]
 
 
 def iterate_hf_tensors(
-    model: GPTModel, architecture: Architecture, layout: ParallelLayout, bucket_bytes: int
+    model: GPTModel,
+    architecture: Architecture,
+    layout: ParallelLayout,
+    bucket_bytes: int,
+    parameters: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[NamedTensors]:
     """Yield the model's weights under Hugging Face names; collective over all ranks.
 
     Every rank must consume the iterator to its end. A bucket is closed before the parameter that
     would take it beyond ``bucket_bytes``; a larger parameter is a bucket of its own.
 
+    Args:
+        parameters: other values for the model's parameters, by their names, shapes and dtype.
+
     Yields:
         on global rank 0, the next tensors in the model's dtype on its device, not yet in use by the
         model; empty lists, as many, on all other ranks.
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters or dict(model.named_parameters())
     bucket: NamedTensors = []
     size = 0
     for stage in range(layout.pipeline_parallel_size):
@@ -58,7 +65,7 @@ def _size_in_bytes(
 
 
 def _collect(
-    parameters: dict[str, torch.nn.Parameter],
+    parameters: Mapping[str, torch.Tensor],
     mapping: ParameterMapping,
     stage: int,
     architecture: Architecture,
