@@ -63,6 +63,16 @@ TWO_RANKS = (
     ),
     Case("resume_tied", "tied", ("resume",), tensor=2),
     Case("resharded", "tied", ("load_checkpoint",), pipeline=2),
+    Case("tp2_average", "tied", ("average",), tensor=2),
+    Case("pp2_load", "tied", ("load_average",), pipeline=2),
+    Case(
+        "dp2_untied_mean",
+        "untied",
+        ("average",),
+        distributed_optimizer=True,
+        split=(3,),
+        ddp={"overlap_grad_reduce": True, "overlap_param_gather": True},
+    ),
     Case(
         "dp2_distributed",
         "tied",

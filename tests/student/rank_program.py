@@ -9,6 +9,9 @@ Actions of a case, in any order; each leaves its result under its own name:
 - ``resume``: losses and weights of four updates, and of two updates, a checkpoint and two more by a
   student that was built anew.
 - ``load_checkpoint``: log-probs after loading what ``resume`` of another case has written.
+- ``average``: the weights before and after each of three updates, and their average at the end,
+  also of a student that was built anew before the third.
+- ``load_average``: that average, of a layout that loads the checkpoint of ``average``.
 - ``train``: losses and weights of three cross-entropy updates.
 - ``empty``: the result of a mini-batch in which no token carries loss.
 - ``exchange``: what rank 1 received, and what rank 0 gathered.
@@ -43,6 +46,7 @@ from tests.student.harness import Case, make_examples, split_examples
 OBJECTIVE = Objective(k3_coefficient=0.3, entropy_coefficient=0.01)
 EXPORT_BUCKET = 60_000
 CHECKPOINT_SUFFIX = "_checkpoints"
+AVERAGE_DECAY = 0.75
 
 
 def main() -> None:
@@ -97,8 +101,15 @@ class Runner:
             make_examples(), case, self.layout.data_parallel_rank, self.layout.data_parallel_size
         )
 
-    def build(self) -> Student:
-        return Student.build(self.config, self.optimizer, self.case.ddp, total_updates=6, seed=3)
+    def build(self, average_decay: float | None = None) -> Student:
+        return Student.build(
+            self.config,
+            self.optimizer,
+            self.case.ddp,
+            total_updates=6,
+            seed=3,
+            average_decay=average_decay,
+        )
 
     def logprobs(self) -> Any:
         return self.student.compute_logprobs(self.micro_batches)
@@ -122,10 +133,10 @@ class Runner:
         dist.all_gather_object(everything, sums if self.layout.reports_loss else {})
         return {"sums": [sums for sums in everything if sums], "gradients": gradients}
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self, averaged: bool = False) -> dict[str, torch.Tensor]:
         return {
             name: tensor.clone()
-            for bucket in self.student.hf_tensors(EXPORT_BUCKET)
+            for bucket in self.student.hf_tensors(EXPORT_BUCKET, averaged=averaged)
             for name, tensor in bucket
         }
 
@@ -177,6 +188,29 @@ class Runner:
             "results": [self.update(self.student, step) for step in range(2, 4)],
             "weights": self.weights(),
         }
+
+    def average(self) -> dict[str, Any]:
+        directory = self.folder / f"{self.case.name}{CHECKPOINT_SUFFIX}"
+        self.student = self.build(AVERAGE_DECAY)
+        self.student.load_hf(self.config.model_path)
+        history = [self.weights()]
+        for step in range(3):
+            if step == 2:
+                self.student.save_checkpoint(directory, step, {})
+            self.update(self.student, step)
+            history.append(self.weights())
+        straight = self.weights(averaged=True)
+        return {"history": history, "straight": straight, **self._continue_average(directory)}
+
+    def load_average(self) -> dict[str, Any]:
+        (directory,) = self.folder.glob(f"*average{CHECKPOINT_SUFFIX}")
+        return self._continue_average(directory)
+
+    def _continue_average(self, directory: Path) -> dict[str, Any]:
+        self.student = self.build(AVERAGE_DECAY)
+        self.student.load_checkpoint(directory)
+        self.update(self.student, 2)
+        return {"resumed": self.weights(averaged=True)}
 
     def train(self) -> dict[str, Any]:
         results = [self.student.train_sft_mini_batch(self.micro_batches) for _ in range(3)]

@@ -10,6 +10,7 @@ import torch
 
 from tests.student.conftest import Results
 from tests.student.harness import make_examples
+from tests.student.rank_program import AVERAGE_DECAY
 
 LAUNCHES = ["one_rank", "two_ranks", "four_ranks"]
 
@@ -113,3 +114,41 @@ def test_values_travel_between_ranks(two_ranks: Results) -> None:
 
 def test_a_wait_for_rank_zero_ends_at_its_timeout(two_ranks: Results) -> None:
     assert 0.9 < two_ranks["dp2"]["exchange"]["seconds"] < 30
+
+
+def expected_average(history: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """``decay^n w_0 + (1 - decay) sum_i decay^(n - i) w_i`` in float64."""
+    n = len(history) - 1
+    factors = [AVERAGE_DECAY**n] + [
+        (1 - AVERAGE_DECAY) * AVERAGE_DECAY ** (n - i) for i in range(1, n + 1)
+    ]
+    return {
+        name: sum(
+            (
+                factor * weights[name].double()
+                for factor, weights in zip(factors, history, strict=True)
+            ),
+            torch.zeros(()),
+        ).float()
+        for name in history[0]
+    }
+
+
+@pytest.mark.parametrize("case", ["tp2_average", "dp2_untied_mean"])
+def test_the_average_is_that_of_the_weights_after_each_update(
+    two_ranks: Results, case: str
+) -> None:
+    result = two_ranks[case]["average"]
+    expected = expected_average(result["history"])
+    assert largest_difference(result["straight"], expected) < 1e-6
+    assert largest_difference(result["straight"], result["history"][-1]) > 1e-4
+    for name, tensor in result["straight"].items():
+        assert torch.equal(result["resumed"][name], tensor), name
+
+
+def test_the_average_continues_on_another_layout(two_ranks: Results) -> None:
+    straight = two_ranks["tp2_average"]["average"]["straight"]
+    resumed = two_ranks["pp2_load"]["load_average"]["resumed"]
+    # Adam turns rounding noise of tiny gradients into steps of up to the learning rate, a quarter
+    # of which enters the average.
+    assert largest_difference(resumed, straight) < 1e-4
