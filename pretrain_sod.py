@@ -28,8 +28,8 @@ def main() -> None:
     """Train until the configured number of steps, a signal or the stop file."""
     config = read_command_line(SodConfig, __doc__, sys.argv[1:], shortcuts=True)
     with ending_in_order(Path(config.run.directory)) as ending:
-        check_before_launch(config)
-        session = open_session(config, ending)
+        prompts = check_before_launch(config)
+        session = open_session(config, prompts, ending)
         with session.until_stopped():
             train(session)
         session.finish()

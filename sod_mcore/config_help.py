@@ -1,4 +1,4 @@
-"""The settings as text, from the types and docstrings in ``config.py``: help and YAML reference.
+"""The settings as text, from the types and docstrings in ``config/``: help and YAML reference.
 
 python -m sod_mcore.config_help > docs/config_reference.yaml
 """
@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import TypeAdapter
@@ -24,7 +24,7 @@ REQUIRED = "???"
 
 _REFERENCE_HEAD = """\
 Every setting, with its type, its allowed values and its default; ??? marks what must be given.
-Generated from sod_mcore/config.py by `make docs`: edit there, not here.
+Generated from sod_mcore/config/ by `make docs`: edit there, not here.
 Any setting can be overridden on the command line: student.megatron.tensor_model_parallel_size=2
 """
 
@@ -106,6 +106,8 @@ def reference_file() -> str:
 
 def _nested_section(info: FieldInfo) -> type | None:
     """The section class of a field that is ``Section`` or ``Section | None``."""
+    if get_origin(info.annotation) is dict:  # of sections, by names that the user gives
+        return None
     candidates = [info.annotation, *getattr(info.annotation, "__args__", ())]
     found = [c for c in candidates if hasattr(c, "__pydantic_fields__")]
     return found[0] if found else None

@@ -63,6 +63,9 @@ class Trajectory:
         group_id: trajectories with equal ``group_id`` are samples of one prompt.
         reward: total reward, the sum of ``reward_parts`` values that count.
         is_correct: the verifier's verdict.
+        category: the verdict in a word ("right", "wrong", "no_answer", "bad_format", "timeout");
+            empty in batches that were recorded before there were categories.
+        prediction: the answer as the verifier extracted it, for majority votes.
         teacher_topk_ids: int32 ``[T, K]``, -1 where absent; None if not asked for.
         teacher_topk_logprobs: float32 ``[T, K]``, NaN where absent; None if not asked for.
         reward_parts: named parts of the reward, for metrics.
@@ -84,6 +87,8 @@ class Trajectory:
     is_correct: bool
     teacher_topk_ids: NDArray[np.int32] | None = None
     teacher_topk_logprobs: NDArray[np.float32] | None = None
+    category: str = ""
+    prediction: str = ""
     reward_parts: dict[str, float] = field(default_factory=dict)
     tool_succeeded: tuple[bool, ...] = ()
     end_reason: str = "answer"

@@ -58,6 +58,9 @@ class BenchmarkConfig:
     """Problems used of each file, from its beginning; null takes all."""
     instructions: Literal["published", "none"] = "published"
     """As data.instructions."""
+    show_tests: bool = False
+    """Print the test cases of LiveCodeBench_v6 in its prompts, as the reference does. Programs are
+    scored by the same cases, so scores are then too high."""
     chunk_trajectories: Positive = 256
     """Samples, at least, that are submitted and kept together; a crash loses those under way."""
 

@@ -67,7 +67,8 @@ class ServingConfig:
     teacher: EngineConfig | None = None
     """The model that scores; may be left out when nothing is distilled."""
     teachers: dict[TeacherName, EngineConfig] = Field(default_factory=dict)
-    """Further teachers by name, for some sources of prompts (teacher.by_source)."""
+    """Further teachers by name, each with the settings of serving.teacher; teacher.by_source says
+    which prompts they score."""
     python: str = ".venv-sglang/bin/python"
     """Interpreter of the environment in which SGLang is installed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

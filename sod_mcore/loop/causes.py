@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 
 from sod_mcore.config import ConfigError
+from sod_mcore.data.errors import DataError
 from sod_mcore.data.overlap import OverlapError
-from sod_mcore.data.parquet import DataError
 from sod_mcore.loop.weight_sync import WeightMismatchError
 from sod_mcore.outcome import EXIT_FAILED
 from sod_mcore.rollout.pool import RolloutError

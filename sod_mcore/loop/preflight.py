@@ -9,35 +9,47 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from sod_mcore.algorithm.weighting import find_rule
-from sod_mcore.chat import ChatRenderer
-from sod_mcore.config import ConfigError, RewardConfig, SodConfig
-from sod_mcore.data.overlap import OverlapError, assert_disjoint
-from sod_mcore.data.parquet import DataError
-from sod_mcore.data.prompts import question_text, read_prompts
+from sod_mcore.chat.template import ChatTemplateError
+from sod_mcore.config import HUB_PREFIX, ConfigError, SodConfig, serving_field
+from sod_mcore.data.errors import DataError
+from sod_mcore.data.overlap import OverlapError
+from sod_mcore.loop.run_prompts import (
+    RunPrompts,
+    prompt_renderer,
+    read_run_prompts,
+    within_length,
+)
+from sod_mcore.loop.teacher_checks import check_teacher_lengths, check_teacher_settings
 from sod_mcore.loop.training_examples import make_objective
 from sod_mcore.ops.extension import extension_for
 from sod_mcore.report.metrics import require_wandb
-from sod_mcore.rollout.services import make_verifiers
+from sod_mcore.rollout.teacher import teacher_models
 from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
 from sod_mcore.serving.tensor_check import engine_shapes
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import weight_versions
 from sod_mcore.student.model_config import check_layout
-from sod_mcore.tools.code_interpreter import code_interpreter_schema
-from sod_mcore.trajectory import Prompt
+from sod_mcore.tools import tool_schemas
 
 REACHABLE_TIMEOUT_SECONDS = 10.0
+USER_ERRORS = (
+    *(ChatTemplateError, DataError, OverlapError),
+    *(EngineError, FleetError, WeightUpdateError),
+)
+"""What the user can mend; the message says how."""
 
 
-def check_before_launch(config: SodConfig) -> None:
+def check_before_launch(config: SodConfig) -> RunPrompts:
     """Find what is wrong with the run.
+
+    Returns:
+        the prompts, on rank 0 of a run that does not replay; else none.
 
     Raises:
         ConfigError: one line, whatever it is.
@@ -51,13 +63,20 @@ def check_before_launch(config: SodConfig) -> None:
         )
         check_settings(config)
         require_wandb(config.report)
-        if os.environ.get("RANK", "0") == "0":
-            check_files(config)
-            check_data(config)
-            check_engines(config)
-            check_prompt_lengths(config)
-    except (DataError, EngineError, FleetError, OverlapError, WeightUpdateError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            return RunPrompts()
+        check_files(config)
+        if config.run.replay is not None:
+            return RunPrompts()
+        prompts = read_run_prompts(config)
+        endpoints = check_engines(config)
+        prompts = within_length(config, prompts)
+        check_teacher_lengths(
+            config, endpoints, prompt_renderer(config), tool_schemas(config.tools), prompts.train
+        )
+    except USER_ERRORS as error:
         raise ConfigError(str(error)) from error
+    return prompts
 
 
 def check_settings(config: SodConfig) -> None:
@@ -82,11 +101,7 @@ def check_settings(config: SodConfig) -> None:
         )
     if config.run.replay is None and config.serving is None:
         raise ConfigError("serving is missing; configure the engines, or give run.replay")
-    if config.run.replay is None and config.needs_teacher and not config.serving.teacher:  # type: ignore[union-attr]
-        raise ConfigError(
-            "serving.teacher is missing; configure it, or set algorithm.distillation=none and "
-            "algorithm.topk.k=0"
-        )
+    check_teacher_settings(config)
     find_rule(algorithm.weighting)
     _check_operations()
     try:
@@ -115,39 +130,18 @@ def check_files(config: SodConfig) -> None:
             )
         return
     _check_file("data.train", config.data.train)
-    if config.evaluation.data is not None:
-        _check_file("evaluation.data", config.evaluation.data)
-    teacher = config.serving.teacher if config.serving is not None else None
-    if teacher is not None:
-        _check_model_folder("serving.teacher.model_path", Path(teacher.model_path))
-        _check_same_tokenizer(student, Path(teacher.model_path))
+    for path in config.evaluation.data_files:
+        _check_file("evaluation.data", path)
+    models = config.serving.models if config.serving is not None else {}
+    for name, engine in models.items():
+        if name != "student":
+            field_name = f"{serving_field(name)}.model_path"
+            _check_model_folder(field_name, Path(engine.model_path))
+            _check_same_tokenizer(student, field_name, Path(engine.model_path))
 
 
-def check_data(config: SodConfig) -> None:
-    """Rows that do not parse, and questions shared between training and evaluation."""
-    if config.run.replay is not None:
-        return
-    train = read_prompts(Path(config.data.train))
-    if len(train) < config.algorithm.prompts_per_step:
-        raise ConfigError(
-            f"algorithm.prompts_per_step is {config.algorithm.prompts_per_step}; "
-            f"data.train={config.data.train} has only {len(train)} prompts: lower it, together "
-            "with algorithm.prompts_per_mini_batch, or add prompts"
-        )
-    held_out: list[Prompt] = []
-    if config.evaluation.data is not None:
-        held_out = read_prompts(Path(config.evaluation.data))
-        assert_disjoint(
-            {config.data.train: [question_text(p) for p in train]},
-            [question_text(p) for p in held_out],
-        )
-    _check_verifiers([*train, *held_out], config.reward)
-
-
-def check_engines(config: SodConfig) -> None:
+def check_engines(config: SodConfig) -> Endpoints:
     """Engines that answer, with room for the longest trajectory."""
-    if config.run.replay is not None:
-        return
     endpoints = live_endpoints(config)
     _check_served_models(endpoints, config)
     if config.serving is not None and config.serving.weight_sync == "tensor":
@@ -158,8 +152,9 @@ def check_engines(config: SodConfig) -> None:
             raise ConfigError(
                 f"data.max_prompt_tokens + rollout.max_response_tokens is {longest}; the engine of "
                 f"{name} takes {model.context_length} tokens: lower them, or raise "
-                f"serving.{name}.context_length"
+                f"{serving_field(name)}.context_length"
             )
+    return endpoints
 
 
 def live_endpoints(config: SodConfig) -> Endpoints:
@@ -179,46 +174,18 @@ def _check_served_models(endpoints: Endpoints, config: SodConfig) -> None:
     """The engines may have been started by another configuration."""
     assert config.serving is not None
     endpoints.model("student")
-    teacher = config.serving.teacher
-    if not config.needs_teacher or teacher is None:
-        return
-    served = endpoints.model("teacher")
-    if Path(served.model_path).resolve() != Path(teacher.model_path).resolve():
-        raise ConfigError(
-            f"serving.teacher.model_path is {teacher.model_path}, but the running engines serve "
-            f"{served.model_path}; start them again with this configuration"
-        )
-
-
-def _check_verifiers(prompts: Sequence[Prompt], config: RewardConfig) -> None:
-    verifiers = make_verifiers(config)
-    for source in sorted({prompt.data_source for prompt in prompts}):
-        try:
-            verifiers.for_source(source)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-
-def check_prompt_lengths(config: SodConfig) -> None:
-    """Prompts that are too long, measured as the rollout renders them, tool schemas included."""
-    if config.run.replay is not None:
-        return
-    files = [config.data.train, *([config.evaluation.data] if config.evaluation.data else [])]
-    prompts = [prompt for file in files for prompt in read_prompts(Path(file))]
-    renderer = ChatRenderer.from_folder(
-        config.student.model_path, enable_thinking=config.chat.enable_thinking
-    )
-    for prompt in prompts:
-        length = len(renderer.render_prompt(prompt.messages, [code_interpreter_schema()]))
-        if length > config.data.max_prompt_tokens:
+    names = teacher_models(config.teacher, config.serving) if config.needs_teacher else set()
+    for name in sorted(names - {"student"}):
+        configured, served = config.serving.models[name], endpoints.model(name)
+        if Path(served.model_path).resolve() != Path(configured.model_path).resolve():
             raise ConfigError(
-                f"data.max_prompt_tokens is {config.data.max_prompt_tokens}; {prompt.prompt_id} "
-                f"has {length} tokens with the tool schema: raise it, or remove that prompt"
+                f"{serving_field(name)}.model_path is {configured.model_path}, but the running "
+                f"engines serve {served.model_path}; start them again with this configuration"
             )
 
 
 def _check_file(field_name: str, path: str) -> None:
-    if not Path(path).is_file():
+    if not path.startswith(HUB_PREFIX) and not Path(path).is_file():
         raise ConfigError(f"{field_name} is {path}: no such file; create it or correct the path")
 
 
@@ -230,10 +197,10 @@ def _check_model_folder(field_name: str, folder: Path) -> None:
             )
 
 
-def _check_same_tokenizer(student: Path, teacher: Path) -> None:
+def _check_same_tokenizer(student: Path, field_name: str, teacher: Path) -> None:
     if _vocabulary_hash(student) != _vocabulary_hash(teacher):
         raise ConfigError(
-            f"serving.teacher.model_path is {teacher}: its tokenizer differs from that of "
+            f"{field_name} is {teacher}: its tokenizer differs from that of "
             f"student.model_path={student}; distillation compares token by token, so both must "
             "have the same ids and special tokens"
         )

@@ -22,6 +22,7 @@ from sod_mcore.algorithm.signals import BatchSignals
 from sod_mcore.config import SodConfig
 from sod_mcore.report.metrics import MetricsLog
 from sod_mcore.report.progress import Progress
+from sod_mcore.report.step_outcomes import StepValues, metrics_by_outcome
 from sod_mcore.report.summary import summarise_rollout
 from sod_mcore.report.trajectory_table import describe_trajectory, format_rows, pick_evenly
 from sod_mcore.rollout.batch import RolloutProgress
@@ -82,6 +83,8 @@ class Reporter:
             )
         )
         self.note(_signal_metrics(signals))
+        if self._config.needs_teacher:
+            self.note(metrics_by_outcome(_steps(batch, signals)))
         self.note(_update_metrics(updates))
         rows = [
             describe_trajectory(
@@ -185,6 +188,11 @@ def _signal_metrics(signals: BatchSignals) -> dict[str, float]:
         "distillation/floored_logprobs": float(signals.num_floored),
         **_by_turn(signals),
     }
+
+
+def _steps(batch: RecordedBatch, signals: BatchSignals) -> Iterator[StepValues]:
+    for trajectory, signal in zip(batch.trajectories, signals.trajectories, strict=True):
+        yield trajectory.tool_succeeded, signal.step_divergence, signal.step_weights
 
 
 def _by_turn(signals: BatchSignals, turns: int = 4) -> dict[str, float]:

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from sod_mcore.algorithm.signals import BatchSignals
 from sod_mcore.config import SodConfig
 from sod_mcore.data.plan import Plan
-from sod_mcore.data.prompts import PromptSource, read_prompts
+from sod_mcore.data.prompts import PromptSource
 from sod_mcore.evaluation.evaluate import evaluate_temperature
 from sod_mcore.loop.ending import Ending
 from sod_mcore.loop.reporting import Reporter
+from sod_mcore.loop.run_prompts import RunPrompts
 from sod_mcore.loop.stop import StopRequest, StopRequested
 from sod_mcore.loop.training_examples import first_epoch, indices_in_order, scoring_examples
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource, TrajectorySource
@@ -281,13 +282,19 @@ class Session:
                 yield
 
 
-def open_session(config: SodConfig, ending: Ending) -> Session:
-    """Start the pool, torch.distributed and the student; they are closed when the program ends."""
+def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Session:
+    """Start the pool, torch.distributed and the student; they are closed when the program ends.
+
+    Args:
+        prompts: what ``check_before_launch`` read; empty on ranks other than 0.
+    """
     directory, stack = Path(config.run.directory), ending.stack
     is_rank_zero = os.environ.get("RANK", "0") == "0"
     is_live = config.run.replay is None
     endpoints = read_endpoints(config.serving_directory) if is_live and is_rank_zero else None
-    pool = stack.enter_context(RolloutPool(pool_settings(config))) if endpoints else None
+    pool = None
+    if endpoints is not None:
+        pool = stack.enter_context(RolloutPool(pool_settings(config, prompts.sources)))
     timeout = timedelta(seconds=config.run.collective_timeout_seconds)
     sizes = check_layout(config.student, int(os.environ["WORLD_SIZE"]))
     stack.enter_context(distributed(sizes, seed=config.run.seed, timeout=timeout))
@@ -307,18 +314,18 @@ def open_session(config: SodConfig, ending: Ending) -> Session:
         config,
         student,
         first_step,
-        _open_source(config, pool, reporter, stop) if is_rank_zero else None,
+        _open_source(config, prompts, pool, reporter, stop) if is_rank_zero else None,
         pool,
         _open_weight_sync(config, student, endpoints) if is_live else None,
-        _evaluation_prompts(config) if is_live and is_rank_zero else (),
+        prompts.evaluation,
         reporter,
         stop,
         ending,
     )
 
 
-def pool_settings(config: SodConfig) -> PoolSettings:
-    """What the pool process is told at its start."""
+def pool_settings(config: SodConfig, sources: Sequence[str]) -> PoolSettings:
+    """What the pool process is told at its start; ``sources`` are the prompts' data sources."""
     assert config.serving is not None
     return PoolSettings(
         run_directory=Path(config.run.directory),
@@ -329,7 +336,9 @@ def pool_settings(config: SodConfig) -> PoolSettings:
         tools=config.tools,
         reward=config.reward,
         chat=config.chat,
+        teacher=config.teacher,
         teacher_top_k=config.algorithm.topk.k,
+        sources=tuple(sources),
     )
 
 
@@ -345,6 +354,9 @@ def _open_student(config: SodConfig) -> tuple[Student, int]:
         config.ddp,
         total_updates=config.run.steps * updates_per_step,
         seed=config.run.seed,
+        average_decay=(
+            config.teacher.average_decay if config.teacher.weights == "average" else None
+        ),
     )
     if config.run.resume == "auto":
         progress = student.load_checkpoint(Path(config.run.directory) / "checkpoints")
@@ -355,14 +367,18 @@ def _open_student(config: SodConfig) -> tuple[Student, int]:
 
 
 def _open_source(
-    config: SodConfig, pool: RolloutPool | None, reporter: Reporter | None, stop: StopRequest
+    config: SodConfig,
+    prompts: RunPrompts,
+    pool: RolloutPool | None,
+    reporter: Reporter | None,
+    stop: StopRequest,
 ) -> TrajectorySource:
     if config.run.replay is not None:
         return ReplaySource(Path(config.run.replay))
     assert pool is not None
-    prompts = PromptSource(read_prompts(Path(config.data.train)), config.run.seed)
+    source = PromptSource(prompts.train, config.run.seed)
     on_progress = reporter.rollout_progress if reporter is not None else None
-    return LiveSource(pool, prompts, config, stop, on_progress)
+    return LiveSource(pool, source, config, stop, on_progress)
 
 
 def _open_weight_sync(
@@ -378,12 +394,6 @@ def _open_weight_sync(
         probe_ids=probe_token_ids(student.vocab_size, config.run.seed),
         group=student.layout.world_group,
     )
-
-
-def _evaluation_prompts(config: SodConfig) -> list[Prompt]:
-    if config.evaluation.data is None:
-        return []
-    return read_prompts(Path(config.evaluation.data))
 
 
 def _is_multiple(step: int, every: int) -> bool:

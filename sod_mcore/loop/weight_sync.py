@@ -1,5 +1,7 @@
 """Brings the student's weights to its engines after every step, and proves that they arrived.
 
+A teacher that is an average of the student's weights gets that average in the same way.
+
 The weights travel as a Hugging Face folder or by value (``serving.weight_sync``). Either way the
 engines report the version and score a fixed probe; the trainer scores the same probe. A difference
 means that the rollouts would come from another model than the one that is trained, so the run
@@ -31,6 +33,7 @@ from sod_mcore.student.student import Student
 
 PROBE_TOKENS = 64
 KEPT_VERSIONS = 2
+_FOLDER_PREFIXES = {"student": "version", "teacher": "average"}
 
 
 class WeightMismatchError(RuntimeError):
@@ -67,34 +70,44 @@ class WeightSync:
             WeightMismatchError: that difference exceeds the tolerance.
         """
         ours = self._trainer_logprobs()
+        self._send("student", version)
+        difference = on_rank_zero(
+            lambda: self._check_probe(version, ours), self.group, self._engines_timeout
+        )
+        if self.student.average is not None:
+            self._send("teacher", version)
+        return difference
+
+    def _send(self, model: str, version: int) -> None:
+        """The weights to the student's engines, or their average to the teacher's."""
         if self.serving.weight_sync == "tensor":
-            return self._publish_tensors(version, ours)
-        return self._publish_folder(version, ours)
+            self._send_tensors(model, version)
+        else:
+            self._send_folder(model, version)
 
-    def _publish_folder(self, version: int, ours: NDArray[np.float32] | None) -> float:
-        folder = self.directory / _folder_name(version)
-        self.student.export_hf(folder, bucket_bytes=self._bucket_bytes)
+    def _send_folder(self, model: str, version: int) -> None:
+        folder = self.directory / _folder_name(model, version)
+        self.student.export_hf(folder, bucket_bytes=self._bucket_bytes, averaged=model == "teacher")
 
-        def update() -> float:
-            difference = self._update_engines(DiskTransfer(folder), version, ours)
-            self._delete_other_versions(version)
-            return difference
+        def load() -> None:
+            self._update_engines(model, DiskTransfer(folder), version)
+            self._delete_other_versions(model, version)
 
-        return on_rank_zero(update, self.group, self._engines_timeout)
+        on_rank_zero(load, self.group, self._engines_timeout)
 
-    def _publish_tensors(self, version: int, ours: NDArray[np.float32] | None) -> float:
-        buckets = self.student.hf_tensors(self._bucket_bytes)
+    def _send_tensors(self, model: str, version: int) -> None:
+        buckets = self.student.hf_tensors(self._bucket_bytes, averaged=model == "teacher")
         if self.student.layout.rank != 0:
             _consume(buckets)
 
-        def update() -> float:
+        def load() -> None:
             try:
-                return self._update_engines(TensorTransfer(buckets), version, ours)
+                self._update_engines(model, TensorTransfer(buckets), version)
             finally:
                 # Gathering is collective: when sending fails, the other ranks are still in it.
                 _consume(buckets)
 
-        return on_rank_zero(update, self.group, self._engines_timeout)
+        on_rank_zero(load, self.group, self._engines_timeout)
 
     @property
     def _engines_timeout(self) -> timedelta:
@@ -106,8 +119,8 @@ class WeightSync:
         Sent by value, the others wait for one bucket's answers at a time while they gather the
         next: run.collective_timeout_seconds bounds that.
         """
-        student = self.serving.student
-        engines = len(student.addresses) or student.engines
+        models = self.serving.models.values()
+        engines = max(len(model.addresses) or model.engines for model in models)
         return timedelta(seconds=self.serving.request_timeout_seconds * (4 + 2 * engines))
 
     @property
@@ -122,13 +135,16 @@ class WeightSync:
         values = self.student.compute_logprobs([micro_batch if is_first_replica else []])
         return values[0] if values is not None else None
 
-    def _update_engines(
-        self, transfer: WeightTransfer, version: int, ours: NDArray[np.float32] | None
-    ) -> float:
+    def _update_engines(self, model: str, transfer: WeightTransfer, version: int) -> None:
+        assert self.endpoints is not None
+        timeout = self.serving.request_timeout_seconds
+        follows = model != "student"
+        update_weights(self.endpoints, model, transfer, version, timeout, follows_student=follows)
+
+    def _check_probe(self, version: int, ours: NDArray[np.float32] | None) -> float:
         assert self.endpoints is not None
         assert ours is not None
         timeout = self.serving.request_timeout_seconds
-        update_weights(self.endpoints, "student", transfer, version, timeout)
         theirs = probe_logprobs(self.endpoints, "student", self.probe_ids, timeout)
         difference = max(float(np.abs(engine[1:] - ours[1:]).max()) for engine in theirs)
         if not difference <= self.tolerance:
@@ -139,10 +155,10 @@ class WeightSync:
             )
         return difference
 
-    def _delete_other_versions(self, version: int) -> None:
+    def _delete_other_versions(self, model: str, version: int) -> None:
         """Keep the newest versions up to this one; later ones are of a run that was given up."""
-        kept = {_folder_name(version - age) for age in range(KEPT_VERSIONS)}
-        for folder in self.directory.glob("version_*"):
+        kept = {_folder_name(model, version - age) for age in range(KEPT_VERSIONS)}
+        for folder in self.directory.glob(f"{_FOLDER_PREFIXES[model]}_*"):
             if folder.name not in kept:
                 shutil.rmtree(folder)
 
@@ -152,8 +168,8 @@ def _consume(buckets: Iterator[NamedTensors]) -> None:
         pass
 
 
-def _folder_name(version: int) -> str:
-    return f"version_{version:06d}"
+def _folder_name(model: str, version: int) -> str:
+    return f"{_FOLDER_PREFIXES[model]}_{version:06d}"
 
 
 def probe_token_ids(vocab_size: int, seed: int = 0) -> NDArray[np.int32]:

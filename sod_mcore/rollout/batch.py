@@ -95,7 +95,7 @@ class BatchServices:
 
     run_episode: EpisodeRunner
     reward: Callable[[Prompt, Trajectory], Awaitable[RewardResult]]
-    score: Callable[[Trajectory], Awaitable[Trajectory]]
+    score: Callable[[Prompt, Trajectory], Awaitable[Trajectory]]
     scoring_error: type[Exception]
 
 
@@ -175,23 +175,29 @@ async def _finish(
     """Reward and teacher scores at the same time, while other conversations still run."""
     reward, scored = await asyncio.gather(
         services.reward(prompt, trajectory),
-        _score(trajectory, request, services, counts),
+        _score(prompt, trajectory, request, services, counts),
     )
     return dataclasses.replace(
         scored,
         reward=reward.reward,
         is_correct=reward.is_correct,
+        category=reward.category,
+        prediction=reward.prediction,
         reward_parts=dict(reward.parts),
     )
 
 
 async def _score(
-    trajectory: Trajectory, request: RolloutRequest, services: BatchServices, counts: _Counts
+    prompt: Prompt,
+    trajectory: Trajectory,
+    request: RolloutRequest,
+    services: BatchServices,
+    counts: _Counts,
 ) -> Trajectory:
     if not request.with_teacher:
         return trajectory
     try:
-        return await services.score(trajectory)
+        return await services.score(prompt, trajectory)
     except services.scoring_error as error:
         counts.unscored += 1
         _note_failure(counts, error)

@@ -20,7 +20,14 @@ from multiprocessing import Pipe
 from pathlib import Path
 from types import TracebackType
 
-from sod_mcore.config import ChatConfig, RewardConfig, RolloutConfig, ServingConfig, ToolsConfig
+from sod_mcore.config import (
+    ChatConfig,
+    RewardConfig,
+    RolloutConfig,
+    ServingConfig,
+    TeacherConfig,
+    ToolsConfig,
+)
 from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
 
 START_TIMEOUT_SECONDS = 180.0
@@ -40,7 +47,9 @@ class PoolSettings:
     tools: ToolsConfig
     reward: RewardConfig
     chat: ChatConfig
+    teacher: TeacherConfig
     teacher_top_k: int
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)

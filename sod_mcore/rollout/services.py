@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -11,22 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sod_mcore.chat import ChatRenderer
-from sod_mcore.config import RewardConfig, RolloutConfig, ToolsConfig
-from sod_mcore.rewards import ReasoningGymVerifier, RewardResult, VerifierRegistry
+from sod_mcore.config import RolloutConfig
 from sod_mcore.rollout.batch import BatchServices, RolloutRequest
-from sod_mcore.rollout.episode import Episode, EpisodeLimits
+from sod_mcore.rollout.episode import Episode, EpisodeLimits, tool_schemas
 from sod_mcore.rollout.gate import RequestGate
+from sod_mcore.rollout.judge import open_judge
 from sod_mcore.rollout.pool import PoolSettings
+from sod_mcore.rollout.teacher import TeacherScorer
 from sod_mcore.serving.client import EngineClient, Generation, SamplingSettings
 from sod_mcore.serving.fleet import read_endpoints
-from sod_mcore.serving.scoring import ScoringError, score
-from sod_mcore.tools.code_interpreter import CodeInterpreter, ToolOutputRule
-from sod_mcore.tools.interface import Tool
-from sod_mcore.tools.limits import SandboxLimits
-from sod_mcore.tools.sandbox import Sandbox
+from sod_mcore.serving.scoring import ScoringError
+from sod_mcore.tools import make_runner, make_tools, open_memory_group, tool_limits
 from sod_mcore.trajectory import Prompt, Trajectory
-
-MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,23 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
     renderer = ChatRenderer.from_folder(
         settings.student_path, enable_thinking=settings.chat.enable_thinking
     )
-    tools = await _open_tools(settings.tools, stack)
-    verifiers = make_verifiers(settings.reward)
+    memory_group = stack.enter_context(open_memory_group(settings.tools))
+    runner = make_runner(
+        settings.tools,
+        tool_limits(settings.tools),
+        max_concurrency=settings.tools.workers,
+        memory_group=memory_group,
+    )
+    await stack.enter_async_context(runner)
+    tools = make_tools(settings.tools, runner)
+    judge = await open_judge(
+        settings.reward,
+        settings.tools,
+        settings.sources,
+        settings.rollout.max_response_tokens,
+        stack,
+        memory_group,
+    )
     gate = RequestGate()
     limits = _episode_limits(settings.rollout)
 
@@ -69,52 +79,17 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
         )
         return await episode.run(generate, request.sampling)
 
-    async def reward(prompt: Prompt, trajectory: Trajectory) -> RewardResult:
-        verifier = verifiers.for_source(prompt.data_source)
-        answer = str(trajectory.messages[-1]["content"])
-        return await asyncio.to_thread(
-            verifier.score, answer, prompt.ground_truth, prompt.extra_info
-        )
+    scorer = TeacherScorer(
+        settings.teacher, client, renderer, tool_schemas(tools.values()), settings.teacher_top_k
+    )
 
-    async def score_with_teacher(trajectory: Trajectory) -> Trajectory:
+    async def score_with_teacher(prompt: Prompt, trajectory: Trajectory) -> Trajectory:
         async with gate.request():
-            scores = await score(
-                client,
-                "teacher",
-                trajectory.token_ids,
-                trajectory.prompt_length,
-                top_k=settings.teacher_top_k,
-            )
-        return trajectory.with_teacher(scores.logprobs, scores.topk_ids, scores.topk_logprobs)
+            return await scorer(prompt, trajectory)
 
     return RolloutServices(
-        BatchServices(run_episode, reward, score_with_teacher, ScoringError), gate
+        BatchServices(run_episode, judge, score_with_teacher, ScoringError), gate
     )
-
-
-def make_verifiers(config: RewardConfig) -> VerifierRegistry:
-    """The verifiers that there are, by prefix of ``data_source``."""
-    reasoning_gym = ReasoningGymVerifier(correct_reward=config.correct, wrong_reward=config.wrong)
-    return VerifierRegistry({"reasoning_gym": reasoning_gym})
-
-
-async def _open_tools(config: ToolsConfig, stack: AsyncExitStack) -> dict[str, Tool]:
-    limits = SandboxLimits(
-        wall_seconds=config.wall_seconds,
-        cpu_seconds=config.cpu_seconds,
-        memory_bytes=config.memory_mb * MEBIBYTE,
-        processes=config.processes,
-    )
-    sandbox = Sandbox(
-        limits,
-        max_concurrency=config.workers,
-        allow_unisolated=config.run_code_without_isolation,
-    )
-    await sandbox.start()
-    stack.push_async_callback(sandbox.close)
-    rule = ToolOutputRule(config.max_output_characters, config.truncation, config.traceback)
-    interpreter = CodeInterpreter(sandbox, rule)
-    return {"code_interpreter": interpreter}
 
 
 def _episode_limits(config: RolloutConfig) -> EpisodeLimits:

@@ -62,9 +62,9 @@ class Services:
         return trajectory_of(prompt)
 
     async def reward(self, prompt: Prompt, trajectory: Trajectory) -> RewardResult:
-        return RewardResult(reward=1.0, is_correct=True, prediction="4", parts={"answer": 1.0})
+        return RewardResult(1.0, "right", "4", {"answer": 1.0})
 
-    async def score(self, trajectory: Trajectory) -> Trajectory:
+    async def score(self, prompt: Prompt, trajectory: Trajectory) -> Trajectory:
         self.scoring_started[trajectory.group_id] = time.monotonic()
         if trajectory.group_id in self.unscored:
             raise UnusableScoreError("misaligned")
@@ -99,6 +99,7 @@ def test_groups_come_back_in_prompt_order_with_reward_and_scores() -> None:
     result = run(services, request(3))
     assert [t.group_id for t in result.trajectories] == ["p0", "p0", "p1", "p1", "p2", "p2"]
     assert all(t.is_scored and t.reward == 1.0 and t.is_correct for t in result.trajectories)
+    assert {(t.category, t.prediction) for t in result.trajectories} == {("right", "4")}
 
 
 def test_a_passing_failure_is_retried_and_a_lasting_one_dropped() -> None:
