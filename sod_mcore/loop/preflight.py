@@ -35,7 +35,7 @@ from sod_mcore.serving.tensor_check import engine_shapes
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import weight_versions
 from sod_mcore.student.model_config import check_layout
-from sod_mcore.tools import tool_schemas
+from sod_mcore.tools import choose_sandbox_url, tool_schemas
 
 REACHABLE_TIMEOUT_SECONDS = 10.0
 USER_ERRORS = (
@@ -102,6 +102,8 @@ def check_settings(config: SodConfig) -> None:
     if config.run.replay is None and config.serving is None:
         raise ConfigError("serving is missing; configure the engines, or give run.replay")
     check_teacher_settings(config)
+    tool_schemas(config.tools)
+    choose_sandbox_url(config.tools.sandbox_url)
     find_rule(algorithm.weighting)
     _check_operations()
     try:
@@ -130,6 +132,8 @@ def check_files(config: SodConfig) -> None:
             )
         return
     _check_file("data.train", config.data.train)
+    if config.tools.search_documents is not None:
+        _check_file("tools.search_documents", config.tools.search_documents)
     for path in config.evaluation.data_files:
         _check_file("evaluation.data", path)
     models = config.serving.models if config.serving is not None else {}

@@ -130,6 +130,64 @@ def test_no_engines_and_no_replay(tree: dict[str, Any]) -> None:
     assert "serving is missing" in problem(tree, serving=None)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        ({"weights": "live"}, "teacher.weights is live, but teacher.privileged is none"),
+        (
+            {"weights": "live", "privileged": "hint", "by_source": {"a": "teacher"}},
+            "teacher.by_source is {'a': 'teacher'}, but teacher.weights is live",
+        ),
+        (
+            {"by_source": {"math": "coder"}},
+            "teacher.by_source.math is 'coder', which is no teacher",
+        ),
+        ({"by_source": {"math": "student"}}, "teacher.by_source.math is 'student'"),
+        ({"weights": "average"}, "serving.teacher.model_path is"),
+        (
+            {"weights": "average", "by_source": {"a": "teacher"}},
+            "teacher.weights is average: that is one teacher",
+        ),
+        (
+            {"privileged_text": "x"},
+            "teacher.privileged_text is 'x', but teacher.privileged is none",
+        ),
+        (
+            {"privileged": "hint", "privileged_text": "{ground_truth}"},
+            "teacher.privileged_text is '{ground_truth}'; it must hold {hint}",
+        ),
+        ({"privileged": "hint"}, "train/0: extra_info.hint is None"),
+    ],
+)
+def test_teachers_that_cannot_teach(
+    tree: dict[str, Any], teacher: dict[str, Any], expected: str
+) -> None:
+    assert expected in problem(tree, teacher=teacher)
+
+
+def test_a_source_without_a_teacher(tree: dict[str, Any]) -> None:
+    serving = {
+        **tree["serving"],
+        "teachers": {"coder": tree["serving"]["teacher"]},
+        "teacher": None,
+    }
+    found = problem(tree, serving=serving, teacher={"by_source": {"train-code-": "coder"}})
+    assert "data_source 'reasoning_gym' of train/0 has no teacher" in found
+
+
+def test_a_further_teacher_has_the_same_tokenizer(tree: dict[str, Any], tmp_path: Path) -> None:
+    other = {"model_path": str(model_folder(tmp_path / "coder", ["a", "c"]))}
+    found = problem(tree, serving={**tree["serving"], "teachers": {"coder": other}})
+    assert "serving.teachers.coder.model_path is" in found
+    assert "tokenizer differs" in found
+
+
+def test_a_tool_that_does_not_exist(tree: dict[str, Any]) -> None:
+    assert "tools.names has 'abacus'; it must be one of" in problem(
+        tree, tools={"names": ["abacus"]}
+    )
+
+
 def test_distillation_without_a_teacher(tree: dict[str, Any]) -> None:
     assert "serving.teacher is missing" in problem(tree, serving__teacher=None)
 
