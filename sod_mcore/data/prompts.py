@@ -1,43 +1,62 @@
-"""Prompts of reinforcement-learning data sets, and the order in which a run draws them.
+"""Prompts of reinforcement-learning and evaluation sets, and the order in which a run draws them.
 
-The schema is that of the public SOD data: ``data_source``, ``prompt`` (messages), ``ability``,
-``reward_model`` (``ground_truth``, ``style``) and ``extra_info``. Each row is judged by itself;
-nothing about a file is concluded from its first row.
+Each row is judged by itself: its schema is told by its own columns (``published.py``), its
+instructions by its own data_source (``instructions.py``).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from sod_mcore.data.instructions import Question, with_instructions
 from sod_mcore.data.order import EpochOrder
-from sod_mcore.data.parquet import FieldError, mapping_field, messages_field, read_rows, text_field
-from sod_mcore.trajectory import Prompt
+from sod_mcore.data.published import Problem, schema_of
+from sod_mcore.data.row_files import source_name
+from sod_mcore.data.rows import JudgedRow, judge_rows, read_rows
+from sod_mcore.trajectory import Message, Prompt
+
+Instructions = Literal["published", "none"]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a Parquet file; ``prompt_id`` is file name and row number.
+def read_prompts(
+    path: Path | str, *, instructions: Instructions = "published", show_tests: bool = False
+) -> list[Prompt]:
+    """The prompts of a file or data set; ``prompt_id`` is its name and the row number.
 
-    ``reward_model`` and ``extra_info`` may be JSON text. A structured ground truth (unit tests)
-    becomes JSON text.
+    Args:
+        path: see :func:`sod_mcore.data.row_files.iterate_rows`.
+        instructions: "published" adds to the questions of published data sets what their authors
+            ask of the answer; "none" leaves every question as it is.
+        show_tests: print the cases of LiveCodeBench_v6 in the prompt, as the reference does. They
+            are those that the program is scored by, so scores are then too high.
 
     Raises:
         DataError: the file cannot be read, or rows are malformed (file, row and field are named).
     """
+    return read_rows(path, _PromptParser(source_name(path), instructions, show_tests))
 
-    def parse(number: int, row: dict[str, Any]) -> Prompt:
-        return Prompt(
-            messages=tuple(messages_field(row, "prompt")),
-            ground_truth=_ground_truth(mapping_field(row, "reward_model")),
-            data_source=text_field(row, "data_source"),
-            prompt_id=f"{path.stem}/{number}",
-            extra_info=mapping_field(row, "extra_info", default={}),
-        )
 
-    return read_rows(path, parse)
+def judge_prompts(
+    path: Path | str, *, instructions: Instructions = "published", limit: int | None = None
+) -> Iterator[JudgedRow[Prompt]]:
+    """As :func:`read_prompts`, row by row, and what is wrong with a row beside it.
+
+    Raises:
+        DataError: the file cannot be read at all.
+    """
+    return judge_rows(path, _PromptParser(source_name(path), instructions), limit)
+
+
+def read_questions(path: Path | str) -> list[str]:
+    """What each row asks, without instructions: texts by which overlaps of data sets are found.
+
+    Raises:
+        DataError: as :func:`read_prompts`.
+    """
+    return [question_text(prompt) for prompt in read_prompts(path, instructions="none")]
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,7 @@ class PromptSource:
 
 
 def question_text(prompt: Prompt) -> str:
-    """What the user asks: the content of the last user message.
+    """What the user asks: the content of the last user message, instructions included.
 
     Raises:
         ValueError: there is no user message.
@@ -69,10 +88,33 @@ def question_text(prompt: Prompt) -> str:
     raise ValueError(f"prompt {prompt.prompt_id!r} has no user message")
 
 
-def _ground_truth(reward_model: dict[str, Any]) -> str:
-    value = reward_model.get("ground_truth")
-    if isinstance(value, (dict, list)):
-        return json.dumps(value, ensure_ascii=False)
-    if not isinstance(value, str):
-        raise FieldError("reward_model.ground_truth", f"is {value!r}; write the answer as text")
-    return value
+@dataclass(frozen=True)
+class _PromptParser:
+    name: str
+    instructions: Instructions
+    show_tests: bool = False
+
+    def __call__(self, number: int, row: dict[str, Any]) -> Prompt:
+        problem = schema_of(row).read(row)
+        text = problem.question.text
+        if self.instructions == "published":
+            text = with_instructions(problem.data_source, self._shown(problem.question))
+        return Prompt(
+            messages=_with_last_question(problem, text),
+            ground_truth=problem.ground_truth,
+            data_source=problem.data_source,
+            prompt_id=f"{self.name}/{number}",
+            extra_info=problem.extra_info,
+        )
+
+    def _shown(self, question: Question) -> Question:
+        return question if self.show_tests else replace(question, examples=())
+
+
+def _with_last_question(problem: Problem, text: str) -> tuple[Message, ...]:
+    if not problem.messages:
+        return ({"role": "user", "content": text},)
+    messages = list(problem.messages)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    messages[last] = {**messages[last], "content": text}
+    return tuple(messages)

@@ -31,7 +31,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_rows_become_prompts(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.parquet", [row(), row(data_source="math_dapo")])
+    path = write(tmp_path / "train.parquet", [row(), row(data_source="mine")])
     assert read_prompts(path) == [
         Prompt(
             messages=({"role": "user", "content": "Calculate 1 + 2."},),
@@ -40,7 +40,7 @@ def test_rows_become_prompts(tmp_path: Path) -> None:
             prompt_id=f"train/{number}",
             extra_info={"index": 0, "entry": "{}"},
         )
-        for number, source in enumerate(["reasoning_gym", "math_dapo"])
+        for number, source in enumerate(["reasoning_gym", "mine"])
     ]
 
 

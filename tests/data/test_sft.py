@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,43 @@ def test_conversations_survive_parquet(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
+def with_call(arguments: Any) -> list[dict[str, Any]]:
+    function = {"name": "code_interpreter", "arguments": arguments}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+    return [{"role": "user", "content": "a"}, call, {"role": "assistant", "content": "b"}]
+
+
+def test_arguments_may_be_json_text(tmp_path: Path) -> None:
+    rows = [{"messages": with_call(value)} for value in ('{"code": "1", "n": null}', {"code": "1"})]
+    path = tmp_path / "sft.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    calls = [c.messages[1]["tool_calls"][0] for c in read_conversations(path)]
+    assert [call["function"]["arguments"] for call in calls] == [
+        {"code": "1", "n": None},
+        {"code": "1"},
+    ]
+
+
+def answering(**changes: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **changes}]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"messages": [{"role": "user", "content": "a"}]}, "must end with an assistant"),
         ({"messages": []}, "messages: is empty"),
-        ({"messages": two_call_conversation(), "enable_thinking": 1}, "enable_thinking: is 1"),
-        ({"messages": two_call_conversation(), "tools": "3"}, "tools: is 3; a list of structs"),
+        ({"messages": answering(), "enable_thinking": 1}, "enable_thinking: is 1"),
+        ({"messages": answering(), "tools": "3"}, "tools: is 3; a list of structs"),
+        ({"messages": answering(loss="no")}, r"messages\[1\].loss: is 'no'; true"),
+        ({"messages": answering(tool_calls=3)}, r"messages\[1\].tool_calls: is 3; a list"),
+        ({"messages": answering(role="bot")}, r"messages\[1\].role: is 'bot'; one of system, user"),
+        (
+            {"messages": with_call("{code")},
+            r"tool_calls\[0\].function.arguments: is '{code'; a str",
+        ),
+        ({"messages": with_call("[1]")}, r"tool_calls\[0\].function.arguments: is \[1\]; a struct"),
+        ({"messages": answering(tool_calls=[{"code": "1"}])}, r"tool_calls\[0\]: is {'code': '1'}"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
