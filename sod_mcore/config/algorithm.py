@@ -105,3 +105,6 @@ class TeacherConfig:
     privileged_text: str | None = None
     """Words around it: {ground_truth}, or {hint}, stands for the privileged text; null takes
     sod_mcore's own."""
+    privileged_max_characters: Positive = 4000
+    """Longest privileged text; of a longer one, as the tests of a program may be, the rest is left
+    out."""

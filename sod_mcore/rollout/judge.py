@@ -30,6 +30,8 @@ from sod_mcore.tools import (
 from sod_mcore.trajectory import Prompt, Trajectory
 
 MEBIBYTE = 1 << 20
+CODE_OUTPUT_BYTES = 16 * MEBIBYTE
+"""Tests of the published sets expect up to some MB of output."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def _make_code_runner(
         wall_seconds=config.code_wall_seconds,
         cpu_seconds=max(1, round(config.code_wall_seconds)),
         memory_bytes=config.code_memory_mb * MEBIBYTE,
-        processes=tools.processes,
+        processes=max(2, tools.processes),  # a judge and the program that it calls
+        output_bytes=CODE_OUTPUT_BYTES,
     )
     return make_runner(
         tools, limits, max_concurrency=config.code_workers, memory_group=memory_group

@@ -67,14 +67,18 @@ def teacher_messages(config: TeacherConfig, prompt: Prompt) -> tuple[Message, ..
 
 def _privileged_text(config: TeacherConfig, prompt: Prompt) -> str:
     if config.privileged == "ground_truth":
-        return prompt.ground_truth
+        return _cut(prompt.ground_truth, config.privileged_max_characters)
     hint = prompt.extra_info.get("hint")
     if not isinstance(hint, str) or not hint:
         raise ValueError(
             f"{prompt.prompt_id}: extra_info.hint is {hint!r}; teacher.privileged=hint needs a "
             "text there in every row"
         )
-    return hint
+    return _cut(hint, config.privileged_max_characters)
+
+
+def _cut(text: str, max_characters: int) -> str:
+    return text if len(text) <= max_characters else f"{text[:max_characters]} [...]"
 
 
 @dataclass(frozen=True)

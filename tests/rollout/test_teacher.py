@@ -70,6 +70,14 @@ def test_words_of_ones_own() -> None:
     assert teacher_messages(config, PROMPT)[2]["content"] == r"Calculate 2 + 3. = \frac{1}{2} {x}"
 
 
+def test_the_rest_of_a_long_text_is_left_out() -> None:
+    prompt = Prompt(PROMPT.messages, "0123456789", "s", "p")
+    config = TeacherConfig(
+        privileged="ground_truth", privileged_text=":{ground_truth}", privileged_max_characters=4
+    )
+    assert teacher_messages(config, prompt)[2]["content"].endswith(":0123 [...]")
+
+
 @pytest.mark.parametrize("hint", [None, "", 3])
 def test_a_row_without_hint_is_refused(hint: object) -> None:
     prompt = Prompt(PROMPT.messages, "1", "s", "rows/7", {"hint": hint})
