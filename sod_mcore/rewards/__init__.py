@@ -1,16 +1,32 @@
-"""Rewards of finished trajectories: verifiers, the choice between them, and shaping."""
+"""Rewards of finished trajectories: graders, the choice between them, and shaping."""
 
 from sod_mcore.rewards.boxed import extract_last_boxed
-from sod_mcore.rewards.interface import RewardResult, Verifier
-from sod_mcore.rewards.overlong import overlong_penalty
-from sod_mcore.rewards.reasoning_gym import ReasoningGymVerifier
-from sod_mcore.rewards.registry import VerifierRegistry
+from sod_mcore.rewards.interface import (
+    Category,
+    Grader,
+    RewardResult,
+    RewardScale,
+    Verdict,
+    Verifier,
+)
+from sod_mcore.rewards.pool import GraderPool, PooledVerifier
+from sod_mcore.rewards.registry import SourceTable, VerifierRegistry, find_grader
+from sod_mcore.rewards.shaping import overlong_penalty, shape, tool_use_shaping
 
 __all__ = [
-    "ReasoningGymVerifier",
+    "Category",
+    "Grader",
+    "GraderPool",
+    "PooledVerifier",
     "RewardResult",
+    "RewardScale",
+    "SourceTable",
+    "Verdict",
     "Verifier",
     "VerifierRegistry",
     "extract_last_boxed",
+    "find_grader",
     "overlong_penalty",
+    "shape",
+    "tool_use_shaping",
 ]

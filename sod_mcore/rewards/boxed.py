@@ -1,6 +1,40 @@
 r"""Extraction of the final answer from `\boxed{...}`, with nested braces."""
 
+import re
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
 _OPENING = r"\boxed{"
+_BRACE_OR_ESCAPED = re.compile(r"\\.|[{}]", re.DOTALL)
+
+LONGEST_ANSWER = 1000
+"""Characters. A longer box holds no answer to any question here, and could keep a grader busy."""
+
+
+@dataclass(frozen=True)
+class BoxedAnswer:
+    r"""What a response has in its last `\boxed{...}`.
+
+    Attributes:
+        text: the content, without whitespace at its ends; empty where there is none.
+        problem: why the text is no answer: "no_answer" (no box, or an empty one), "bad_format" (its
+            brace stays open, or it is longer than `LONGEST_ANSWER`); None if it is one.
+    """
+
+    text: str
+    problem: Literal["no_answer", "bad_format"] | None = None
+
+
+def read_boxed_answer(response_text: str) -> BoxedAnswer:
+    r"""The last box of a response, and what is the matter with it."""
+    content = extract_last_boxed(response_text)
+    if content is None:
+        return BoxedAnswer("", "bad_format" if _OPENING in response_text else "no_answer")
+    answer = content.strip()
+    if len(answer) > LONGEST_ANSWER:
+        return BoxedAnswer(answer[:LONGEST_ANSWER], "bad_format")
+    return BoxedAnswer(answer, None if answer else "no_answer")
 
 
 def extract_last_boxed(text: str) -> str | None:
@@ -13,14 +47,14 @@ def extract_last_boxed(text: str) -> str | None:
         return None
     start = opening + len(_OPENING)
     depth = 1
-    position = start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(character, 0)
+    for match in _BRACE_OR_ESCAPED.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
-            return text[start:position]
-        position += 1
+            return text[start : match.start()]
     return None
+
+
+def nesting_depth(text: str) -> int:
+    """How deep braces, brackets and parentheses stand within each other."""
+    steps = (("{[(".count(character) - "}])".count(character)) for character in text)
+    return max(accumulate(steps), default=0)

@@ -1,17 +1,19 @@
-r"""Verifier for rows made by the reasoning-gym package, which scores them by its own rules.
+r"""Grader of rows made by the reasoning-gym package, which scores them by its own rules.
 
 The answer is the content of the last `\boxed{...}`. Some of the package's scorers evaluate the
 answer as Python (`eval`, sympy's `parse_expr`): a model could run code in this process by writing
 it into a box, so these datasets are refused.
 """
 
+import contextlib
+import importlib
 import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sod_mcore.rewards.boxed import extract_last_boxed
-from sod_mcore.rewards.interface import RewardResult
+from sod_mcore.rewards.boxed import read_boxed_answer
+from sod_mcore.rewards.interface import Category, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -34,33 +36,28 @@ _Entry = dict[str, Any]
 _Scorer = Callable[[str, _Entry], float]
 
 
-class ReasoningGymVerifier:
+class ReasoningGymGrader:
     """Right if and only if the dataset's own `score_answer` gives the full score of 1."""
 
-    def __init__(
-        self,
-        *,
-        correct_reward: float = 1.0,
-        wrong_reward: float = -1.0,
-        dataset_options: Mapping[str, Mapping[str, object]] | None = None,
-    ) -> None:
+    def __init__(self, dataset_options: Mapping[str, Mapping[str, object]] | None = None) -> None:
         """Scorers are made when first asked for.
 
         Args:
-            correct_reward: reward of a right answer.
-            wrong_reward: reward of a wrong or missing answer, partly right ones included.
             dataset_options: by dataset, the options its rows were made with. Few scorers depend
                 on them (such as the precision of decimal_arithmetic).
         """
-        self._correct_reward = correct_reward
-        self._wrong_reward = wrong_reward
-        self._dataset_options = dataset_options or {}
+        self._dataset_options = dict(dataset_options or {})
         self._scorers: dict[str, _Scorer] = {}
 
-    def score(
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled without its scorers; unpickled with reasoning-gym imported, so that this takes no
+        time from an answer."""
+        return _import_and_make, (self._dataset_options,)
+
+    def __call__(
         self, response_text: str, ground_truth: str, extra_info: Mapping[str, object]
-    ) -> RewardResult:
-        """Score a response.
+    ) -> Verdict:
+        """Judge a response.
 
         Args:
             response_text: text of the final assistant turn.
@@ -68,30 +65,41 @@ class ReasoningGymVerifier:
             extra_info: "dataset", the name of a reasoning-gym dataset, and "entry", its entry as
                 JSON text.
 
+        Returns:
+            A verdict of category "bad_format" where the dataset's scorer raises on the answer. Its
+            part "reasoning_gym_score" is what the dataset gives, partly right answers included.
+
         Raises:
             ValueError: the fields are missing or of the wrong kind, or the dataset is refused.
         """
         dataset = _text_field(extra_info, "dataset")
         entry = _parse_entry(_text_field(extra_info, "entry"))
         scorer = self._scorer(dataset)
-        prediction = (extract_last_boxed(response_text) or "").strip()
-        parts = {"reasoning_gym_score": 0.0, "scorer_error": 0.0}
-        if prediction:
-            try:
-                parts["reasoning_gym_score"] = float(scorer(prediction, entry))
-            except Exception as error:
-                # Scorers parse the answer in their own ways, and raise whatever they raise on an
-                # answer that is not of the right form.
-                logger.debug("%s could not score %r: %r", dataset, prediction, error)
-                parts["scorer_error"] = 1.0
-        is_correct = parts["reasoning_gym_score"] >= 1.0
-        reward = self._correct_reward if is_correct else self._wrong_reward
-        return RewardResult(reward, is_correct, prediction, parts)
+        box = read_boxed_answer(response_text)
+        if box.problem:
+            return Verdict(box.problem, box.text, parts={"reasoning_gym_score": 0.0})
+        try:
+            score = float(scorer(box.text, entry))
+        except Exception as error:
+            # Scorers parse the answer in their own ways, and raise whatever they raise on an
+            # answer that is not of the right form.
+            logger.debug("%s could not score %r: %r", dataset, box.text, error)
+            return Verdict("bad_format", box.text, parts={"reasoning_gym_score": 0.0})
+        category: Category = "right" if score >= 1.0 else "wrong"
+        return Verdict(category, box.text, parts={"reasoning_gym_score": score})
 
     def _scorer(self, dataset: str) -> _Scorer:
         if dataset not in self._scorers:
             self._scorers[dataset] = _make_scorer(dataset, self._dataset_options.get(dataset, {}))
         return self._scorers[dataset]
+
+
+def _import_and_make(
+    dataset_options: Mapping[str, Mapping[str, object]],
+) -> ReasoningGymGrader:
+    with contextlib.suppress(ImportError):  # told when a row asks for it
+        importlib.import_module("reasoning_gym")
+    return ReasoningGymGrader(dataset_options)
 
 
 def _make_scorer(dataset: str, options: Mapping[str, object]) -> _Scorer:
@@ -109,6 +117,11 @@ def _make_scorer(dataset: str, options: Mapping[str, object]) -> _Scorer:
             "dataset as Python code in this process. Choose another dataset, or give its rows a "
             "verifier that runs in a sandbox."
         )
+    if dataset == "composite":
+        raise ValueError(
+            "extra_info['dataset'] = 'composite': it hands answers to other datasets, which may "
+            "evaluate them. Name the dataset that each row comes from"
+        )
     if dataset not in DATASETS:
         raise ValueError(
             f"extra_info['dataset'] = {dataset!r}: reasoning-gym has no such dataset. "
@@ -125,7 +138,7 @@ def _text_field(extra_info: Mapping[str, object], name: str) -> str:
     value = extra_info.get(name)
     if not isinstance(value, str):
         raise ValueError(
-            f"extra_info[{name!r}] = {value!r}: the reasoning-gym verifier needs a text here"
+            f"extra_info[{name!r}] = {value!r}: the reasoning-gym grader needs a text here"
         )
     return value
 

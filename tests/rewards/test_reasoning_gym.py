@@ -1,8 +1,10 @@
-"""The reasoning-gym verifier against the package's own entries, and against hostile answers."""
+"""The reasoning-gym grader against the package's own entries, and against hostile answers."""
 
 import inspect
 import json
+import pickle
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +12,8 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from sod_mcore.rewards import ReasoningGymVerifier
-from sod_mcore.rewards.reasoning_gym import DATASETS_THAT_EVALUATE_ANSWERS
+from sod_mcore.rewards import Verdict
+from sod_mcore.rewards.reasoning_gym import DATASETS_THAT_EVALUATE_ANSWERS, ReasoningGymGrader
 
 
 def row(dataset: str, index: int = 0, **options: object) -> tuple[str, dict[str, object]]:
@@ -20,36 +22,58 @@ def row(dataset: str, index: int = 0, **options: object) -> tuple[str, dict[str,
     return str(entry["answer"]), {"dataset": dataset, "entry": json.dumps(entry)}
 
 
-@pytest.mark.parametrize(
-    "dataset",
-    ["chain_sum", "basic_arithmetic", "products", "gcd", "decimal_arithmetic", "knights_knaves"],
-)
-def test_the_packages_own_answers_are_right(dataset: str) -> None:
-    verifier = ReasoningGymVerifier()
+PERTURBED = {
+    "chain_sum": "{}1",
+    "basic_arithmetic": "{}1",
+    "products": "{}1",
+    "gcd": "1{}",
+    "lcm": "1{}",
+    "decimal_arithmetic": "1{}",
+    "prime_factorization": "{} × 2",
+    "calendar_arithmetic": "{} or so",
+    "caesar_cipher": "{} X",
+    "letter_counting": "1{}",
+    "number_sorting": "{} 1",
+    "knights_knaves": "Nobody is a knave, {}",
+}
+"""By dataset, a wrong answer that looks like the right one."""
+
+
+@pytest.mark.parametrize("dataset", PERTURBED)
+def test_the_packages_own_answers_are_right_and_perturbed_ones_wrong(dataset: str) -> None:
+    grader = pickle.loads(pickle.dumps(ReasoningGymGrader()))
     for index in range(5):
         answer, extra_info = row(dataset, index)
-        result = verifier.score(f"It is \\boxed{{{answer}}}.", answer, extra_info)
-        assert (result.reward, result.is_correct, result.prediction) == (1.0, True, answer)
-        assert result.parts == {"reasoning_gym_score": 1.0, "scorer_error": 0.0}
+        verdict = grader(f"It is \\boxed{{{answer}}}.", answer, extra_info)
+        assert verdict == Verdict("right", answer, parts={"reasoning_gym_score": 1.0})
+        wrong = PERTURBED[dataset].format(answer)
+        verdict = grader(f"It is \\boxed{{{wrong}}}.", answer, extra_info)
+        assert verdict.category in ("wrong", "bad_format")
+        assert verdict.parts["reasoning_gym_score"] < 1.0
 
 
-def test_wrong_partial_and_missing_answers() -> None:
+@pytest.mark.parametrize(
+    ("response", "category"),
+    [
+        ("\\boxed{ %s }", "right"),
+        ("\\boxed{oops}", "wrong"),
+        ("\\boxed{%s} no, \\boxed{5 5}", "wrong"),
+        ("%s", "no_answer"),
+        ("\\boxed{}", "no_answer"),
+        ("\\boxed{%s", "bad_format"),
+    ],
+)
+def test_categories(response: str, category: str) -> None:
     answer, extra_info = row("chain_sum")
-    verifier = ReasoningGymVerifier(correct_reward=2.0, wrong_reward=-0.5)
-    assert verifier.score(f"\\boxed{{ {answer} }}", answer, extra_info).reward == 2.0
-    for text in (
-        "\\boxed{oops}",
-        f"\\boxed{{{answer}}} no, \\boxed{{5 5}}",
-        answer,
-        "",
-        "\\boxed{",
-    ):
-        result = verifier.score(text, answer, extra_info)
-        assert (result.reward, result.is_correct) == (-0.5, False)
-    partial = verifier.score(f"\\boxed{{{answer} or so}}", answer, extra_info)
-    assert 0.0 < partial.parts["reasoning_gym_score"] < 1.0
-    assert partial.reward == -0.5
-    assert verifier.score("no box", answer, extra_info).prediction == ""
+    grader = ReasoningGymGrader()
+    assert grader(response.replace("%s", answer), answer, extra_info).category == category
+
+
+def test_a_partly_right_answer_is_wrong() -> None:
+    answer, extra_info = row("chain_sum")
+    verdict = ReasoningGymGrader()(f"\\boxed{{{answer} or so}}", answer, extra_info)
+    assert verdict.category == "wrong"
+    assert 0.0 < verdict.parts["reasoning_gym_score"] < 1.0
 
 
 def test_options_of_the_dataset_reach_its_scorer() -> None:
@@ -57,29 +81,40 @@ def test_options_of_the_dataset_reach_its_scorer() -> None:
     options = {"min_num_decimal_places": 1, "max_num_decimal_places": 1}
     answer, extra_info = row("decimal_arithmetic", **options)
     close = f"\\boxed{{{float(answer) + 0.05:.3f}}}"
-    assert not ReasoningGymVerifier().score(close, answer, extra_info).is_correct
-    verifier = ReasoningGymVerifier(dataset_options={"decimal_arithmetic": options})
-    assert verifier.score(close, answer, extra_info).is_correct
+    assert ReasoningGymGrader()(close, answer, extra_info).category == "wrong"
+    grader = ReasoningGymGrader(dataset_options={"decimal_arithmetic": options})
+    grader = pickle.loads(pickle.dumps(grader))
+    assert grader(close, answer, extra_info).category == "right"
+
+
+def test_unpickling_imports_the_package_before_an_answer_is_timed() -> None:
+    program = (
+        "import pickle, sys; "
+        f"pickle.loads({pickle.dumps(ReasoningGymGrader())!r}); "
+        "sys.exit('reasoning_gym' not in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("options", [{"precision": 1}, {"no_such": 1}])
 def test_wrong_options(options: dict[str, object]) -> None:
     answer, extra_info = row("decimal_arithmetic")
-    verifier = ReasoningGymVerifier(dataset_options={"decimal_arithmetic": options})
+    grader = ReasoningGymGrader(dataset_options={"decimal_arithmetic": options})
     with pytest.raises(ValueError, match=r"dataset_options\['decimal_arithmetic'\]"):
-        verifier.score(f"\\boxed{{{answer}}}", answer, extra_info)
+        grader(f"\\boxed{{{answer}}}", answer, extra_info)
 
 
-def test_scorers_that_raise_give_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_on_which_the_scorer_raises_is_of_a_bad_format(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     answer, extra_info = row("chain_sum")
 
     def fail(*_: object) -> float:
         raise KeyError("odd answer")
 
     monkeypatch.setattr(DATASETS["chain_sum"][0], "score_answer", fail)
-    result = ReasoningGymVerifier().score(f"\\boxed{{{answer}}}", answer, extra_info)
-    assert result.reward == -1.0
-    assert result.parts == {"reasoning_gym_score": 0.0, "scorer_error": 1.0}
+    verdict = ReasoningGymGrader()(f"\\boxed{{{answer}}}", answer, extra_info)
+    assert verdict == Verdict("bad_format", answer, parts={"reasoning_gym_score": 0.0})
 
 
 def test_list_of_evaluating_datasets_is_complete() -> None:
@@ -98,9 +133,7 @@ def test_code_in_a_box_is_not_run(tmp_path: Path) -> None:
     attack = f"\\boxed{{open({str(target)!r}, 'w').close()}}"
     for dataset in sorted(DATASETS_THAT_EVALUATE_ANSWERS):
         with pytest.raises(ValueError, match=f"'{dataset}'.*evaluates"):
-            ReasoningGymVerifier().score(
-                attack, "", {"dataset": dataset, "entry": '{"answer": ""}'}
-            )
+            ReasoningGymGrader()(attack, "", {"dataset": dataset, "entry": '{"answer": ""}'})
     # The same attack works on the package itself: the refusal is needed.
     entry = reasoning_gym.create_dataset("string_insertion", size=1)[0]
     reasoning_gym.get_score_answer_fn("string_insertion")(attack[7:-1], entry)
@@ -111,13 +144,14 @@ def test_code_in_a_box_is_not_run(tmp_path: Path) -> None:
             extra_info = row(dataset)[1]
         except TypeError:
             continue  # an entry that JSON cannot hold is no data row
-        ReasoningGymVerifier().score(attack, "", extra_info)
+        ReasoningGymGrader()(attack, "", extra_info)
         assert not target.exists(), dataset
 
 
 @pytest.mark.parametrize(
     ("extra_info", "message"),
     [
+        ({"dataset": "composite", "entry": '{"answer": "1"}'}, "'composite'.*other datasets"),
         ({}, r"extra_info\['dataset'\] = None"),
         ({"dataset": "chain_sum"}, r"extra_info\['entry'\] = None"),
         ({"dataset": "chain_sum", "entry": {"answer": "1"}}, "needs a text"),
@@ -131,10 +165,10 @@ def test_code_in_a_box_is_not_run(tmp_path: Path) -> None:
 )
 def test_unusable_rows(extra_info: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ReasoningGymVerifier().score("\\boxed{1}", "1", extra_info)
+        ReasoningGymGrader()("\\boxed{1}", "1", extra_info)
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ValueError, match="pip install reasoning-gym"):
-        ReasoningGymVerifier().score("", "", {"dataset": "chain_sum", "entry": '{"answer": "1"}'})
+        ReasoningGymGrader()("", "", {"dataset": "chain_sum", "entry": '{"answer": "1"}'})
