@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sod_mcore.tools.interface import ToolResult, ToolSchema, function_schema
-from sod_mcore.tools.interpreter import SandboxResult
 from sod_mcore.tools.limits import SandboxLimits
-from sod_mcore.tools.sandbox import Sandbox
+from sod_mcore.tools.runner import ProgramRunner, SandboxResult
 
 _FENCED_PYTHON = re.compile(r"```(?:python|py)[ \t]*\n(.*?)```", re.DOTALL)
 _CUT = "...(truncated)..."
@@ -107,9 +106,9 @@ class CodeInterpreter:
 
     name = "code_interpreter"
 
-    def __init__(self, sandbox: Sandbox, rule: ToolOutputRule | None = None) -> None:
-        """`sandbox` is started and closed by its owner."""
-        self._sandbox = sandbox
+    def __init__(self, runner: ProgramRunner, rule: ToolOutputRule | None = None) -> None:
+        """`runner` is started and closed by its owner."""
+        self._runner = runner
         self._rule = rule or ToolOutputRule()
 
     @property
@@ -127,7 +126,7 @@ class CodeInterpreter:
         if not isinstance(code, str):
             text = "Error when executing tool: give one argument, `code`, a string."
             return ToolResult(text, succeeded=False)
-        result = await self._sandbox.run(
+        result = await self._runner.run(
             extract_program(code),
             print_last_expression=True,
             short_traceback=self._rule.traceback == "last_line",
@@ -137,7 +136,7 @@ class CodeInterpreter:
     def _observation(self, result: SandboxResult) -> ToolResult:
         # Without print's last newline: the chat template ends the observation with one of its own.
         output = self._rule.cut((result.stdout + result.stderr).removesuffix("\n"))
-        end = describe_end(result, self._sandbox.limits)
+        end = describe_end(result, self._runner.limits)
         if output and end and not output.endswith("\n"):
             output += "\n"
         return ToolResult(

@@ -13,14 +13,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sod_mcore.tools.bubblewrap import ENVIRONMENT, Bubblewrap, launch_user
 from sod_mcore.tools.interface import InfrastructureError
 from sod_mcore.tools.limits import SandboxLimits
+from sod_mcore.tools.memory_group import MemoryGroup
+from sod_mcore.tools.runner import SandboxResult, SandboxStatus
 from sod_mcore.tools.seccomp import build_filter
-
-SandboxStatus = Literal["finished", "timeout", "output_limit", "killed"]
 
 _READY = b"R"
 _STARTED = b"S"
@@ -30,36 +30,18 @@ _KILLED_CODES = (128 + signal.SIGKILL, -signal.SIGKILL)
 
 
 @dataclass(frozen=True)
-class SandboxResult:
-    """What one program did.
-
-    Attributes:
-        stdout: standard output, decoded as UTF-8 with replacement, cut at the limit.
-        stderr: standard error, likewise.
-        return_code: exit code; 128 + n after signal n; None if we stopped the program.
-        status: "finished" (with any exit code), "timeout", "output_limit", or "killed" (by the
-            kernel, for CPU time or memory).
-        wall_seconds: from the program's start to its end.
-    """
-
-    stdout: str
-    stderr: str
-    return_code: int | None
-    status: SandboxStatus
-    wall_seconds: float
-
-
-@dataclass(frozen=True)
 class ProgramRequest:
-    """One program, as `sandbox_bootstrap.py` reads it."""
+    """One program, as `sandbox_bootstrap.py` reads it. Memory may be less than the limit."""
 
     code: str
+    memory_bytes: int
     stdin: str = ""
     print_last_expression: bool = False
     short_traceback: bool = False
 
 
-def _bootstrap_source() -> str:
+def bootstrap_source() -> str:
+    """The text of `sandbox_bootstrap.py`, which only defines functions."""
     return Path(__file__).with_name("sandbox_bootstrap.py").read_text(encoding="utf-8")
 
 
@@ -73,7 +55,7 @@ def python_arguments(
         "preloaded_modules": list(preloaded_modules),
     }
     options = ["-I", "-S", "-B", "-X", "utf8"]
-    return [*options, "-c", _bootstrap_source(), _as_marshal(settings).hex()]
+    return [*options, "-c", bootstrap_source() + "\nmain()\n", _as_marshal(settings).hex()]
 
 
 def _as_marshal(value: dict[str, Any]) -> bytes:
@@ -166,8 +148,10 @@ class WarmInterpreter:
         self.ended = asyncio.Event()
 
     @classmethod
-    async def launch(cls, launcher: Launcher, limits: SandboxLimits) -> "WarmInterpreter":
-        """Start an interpreter and wait until it is ready.
+    async def launch(
+        cls, launcher: Launcher, limits: SandboxLimits, memory_group: MemoryGroup | None = None
+    ) -> "WarmInterpreter":
+        """Start an interpreter, wait until it is ready and put it into the group, if any.
 
         Raises:
             InfrastructureError: it did not start within `limits.startup_seconds`; the message
@@ -181,11 +165,14 @@ class WarmInterpreter:
         try:
             async with asyncio.timeout(limits.startup_seconds):
                 await interpreter._expect(_READY)
-            interpreter._learn_program_pid(info_fd)
+            pid = interpreter._learn_program_pid(info_fd)
+            if memory_group is not None:
+                memory_group.add(pid)
         except BaseException as error:
             # bwrap may have told the pid all the same, and only then can it reap the program.
-            with contextlib.suppress(BlockingIOError, ValueError, ProcessLookupError):
-                interpreter._learn_program_pid(info_fd)
+            if interpreter._program_pidfd is None:
+                with contextlib.suppress(BlockingIOError, ValueError, ProcessLookupError):
+                    interpreter._learn_program_pid(info_fd)
             await interpreter.destroy()
             if isinstance(error, TimeoutError):
                 text = f"a sandbox was not ready after {limits.startup_seconds} s"
@@ -203,15 +190,15 @@ class WarmInterpreter:
         """False once the process has ended, for whatever reason."""
         return self._process.returncode is None
 
-    async def execute(self, request: ProgramRequest) -> SandboxResult:
-        """Run the program and end the interpreter.
+    async def execute(self, request: ProgramRequest, wall_seconds: float) -> SandboxResult:
+        """Run the program for at most this long and end the interpreter.
 
         Raises:
             InfrastructureError: the interpreter ended before the program started.
         """
         try:
             await self._deliver(request)
-            return await self._watch()
+            return await self._watch(wall_seconds)
         finally:
             await self.destroy()
 
@@ -254,14 +241,14 @@ class WarmInterpreter:
         except (TimeoutError, ConnectionError) as error:
             raise InfrastructureError(f"a sandbox did not take its program: {error!r}") from error
 
-    async def _watch(self) -> SandboxResult:
+    async def _watch(self, wall_seconds: float) -> SandboxResult:
         _, stdout, stderr = self._streams()
         output, errors = bytearray(), bytearray()
         status: SandboxStatus = "finished"
         return_code: int | None = None
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self._limits.wall_seconds):
+            async with asyncio.timeout(wall_seconds):
                 await asyncio.gather(self._collect(stdout, output), self._collect(stderr, errors))
                 return_code = await self._process.wait()
         except TimeoutError:
@@ -294,17 +281,18 @@ class WarmInterpreter:
         text = (await stderr.read(_CHUNK_BYTES)).decode("utf-8", "replace").strip()
         raise InfrastructureError(f"a sandboxed interpreter ended early: {text or 'no message'}")
 
-    def _learn_program_pid(self, info_fd: int | None) -> None:
+    def _learn_program_pid(self, info_fd: int | None) -> int:
         """Hold on to the program itself. If it is killed, bwrap reaps it and ends; if bwrap were
         killed, the program would die too, but as a zombie that nobody reaps."""
-        if info_fd is None or self._program_pidfd is not None:
-            return
+        if info_fd is None:
+            return self._process.pid
         # bwrap writes this before the program starts, and the program has already written "R".
         pid = json.loads(os.read(info_fd, _CHUNK_BYTES))["child-pid"]
         self._program_pidfd = os.pidfd_open(pid)
         # Best effort: when the machine runs out of memory, programs go before trainers.
         with contextlib.suppress(OSError):
             Path(f"/proc/{pid}/oom_score_adj").write_text("1000", encoding="ascii")
+        return int(pid)
 
     def _streams(
         self,

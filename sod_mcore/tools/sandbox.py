@@ -26,12 +26,13 @@ from sod_mcore.tools.interpreter import (
     IsolatedLauncher,
     Launcher,
     ProgramRequest,
-    SandboxResult,
     UnisolatedLauncher,
     WarmInterpreter,
     python_arguments,
 )
 from sod_mcore.tools.limits import SandboxLimits
+from sod_mcore.tools.memory_group import MemoryGroup
+from sod_mcore.tools.runner import SandboxResult
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Sandbox:
         python_prefix: Path | None = None,
         bubblewrap_path: Path | None = None,
         allow_unisolated: bool = False,
+        memory_group: MemoryGroup | None = None,
     ) -> None:
         """Remember the settings; nothing is started.
 
@@ -70,6 +72,8 @@ class Sandbox:
             bubblewrap_path: bwrap to use instead of the pip package's or the system's.
             allow_unisolated: where isolation is impossible, run programs as plain processes under
                 resource limits, and warn. They can then read files and use the network.
+            memory_group: bounds the memory of all programs together; closed by its owner, after
+                this sandbox. A program that it leaves no memory ends as "killed".
         """
         if max_concurrency < 1 or warm_count < 1:
             raise ValueError(
@@ -84,6 +88,7 @@ class Sandbox:
         self._python = find_python(python_prefix)
         self._bubblewrap_path = bubblewrap_path
         self._allow_unisolated = allow_unisolated
+        self._memory_group = memory_group
         self._slots = asyncio.Semaphore(max_concurrency)
         self._warm: deque[asyncio.Task[WarmInterpreter]] = deque()
         self._running: set[WarmInterpreter] = set()
@@ -120,6 +125,8 @@ class Sandbox:
         stdin: str = "",
         print_last_expression: bool = False,
         short_traceback: bool = False,
+        wall_seconds: float | None = None,
+        memory_bytes: int | None = None,
     ) -> SandboxResult:
         """Run one program and return what it did. A program's failure is a result, not an error.
 
@@ -129,17 +136,22 @@ class Sandbox:
             print_last_expression: print the value of a last expression statement unless it is
                 None, as a notebook does.
             short_traceback: print only the message of an uncaught exception.
+            wall_seconds: a lower limit for this program than that of the sandbox.
+            memory_bytes: likewise.
 
         Raises:
             InfrastructureError: no interpreter could be started, or it broke before the program
                 began. The call may be repeated.
         """
-        request = ProgramRequest(code, stdin, print_last_expression, short_traceback)
+        limits = self.limits.lowered(wall_seconds=wall_seconds, memory_bytes=memory_bytes)
+        request = ProgramRequest(
+            code, limits.memory_bytes, stdin, print_last_expression, short_traceback
+        )
         async with self._slots:
             interpreter = await self._take()
             self._running.add(interpreter)
             try:
-                result = await interpreter.execute(request)
+                result = await interpreter.execute(request, limits.wall_seconds)
             finally:
                 self._running.discard(interpreter)
                 self._refill(self._warm_count)
@@ -202,8 +214,11 @@ class Sandbox:
     def _refill(self, count: int) -> None:
         """Start interpreters until `count` are warm or on their way."""
         while self._launcher is not None and len(self._warm) < count:
-            launch = WarmInterpreter.launch(self._launcher, self.limits)
+            launch = self._launch(self._launcher)
             self._warm.append(asyncio.create_task(launch))
+
+    async def _launch(self, launcher: Launcher) -> WarmInterpreter:
+        return await WarmInterpreter.launch(launcher, self.limits, self._memory_group)
 
     async def _start_isolated(self) -> tuple[Launcher, WarmInterpreter]:
         executable = find_bubblewrap(self._bubblewrap_path)
@@ -217,7 +232,7 @@ class Sandbox:
             ),
         )
         try:
-            return launcher, await WarmInterpreter.launch(launcher, self.limits)
+            return launcher, await self._launch(launcher)
         except InfrastructureError as error:
             raise SandboxUnavailableError(
                 f"programs cannot be isolated on this machine. Tried {executable} "
@@ -234,7 +249,7 @@ class Sandbox:
             python_arguments(self.limits, package_paths, self._preloaded_modules),
             self._directory.name,
         )
-        return launcher, await WarmInterpreter.launch(launcher, self.limits)
+        return launcher, await self._launch(launcher)
 
 
 def _outside_path(python: PythonRuntime) -> str:

@@ -1,7 +1,9 @@
 """The first program of a sandboxed interpreter: wait for one program, bound it, run it.
 
-It is not imported by the package: `interpreter.py` passes its text to `python3 -I -S -c` inside the
-sandbox, with the settings as one argument (hexadecimal marshal data). It writes "R" to standard
+It is not imported by the package. `interpreter.py` passes its text and a call of `main` to
+`python3 -I -S -c` inside the sandbox, with the settings as one argument (hexadecimal marshal data);
+`sandbox_fusion.py` sends its text and a call of `run_here` to an interpreter elsewhere, so that a
+program behaves alike in both. `main` writes "R" to standard
 output once the interpreter is warm, reads one request (marshal data) from standard input up to its
 end, writes "S", and becomes that program. Whatever comes after the "S" was written by the program
 and proves nothing.
@@ -11,8 +13,7 @@ hostile source.
 
 Only the standard library, and nothing newer than Python 3.10: the sandbox may hold another version
 than ours. Modules written in Python are imported when needed only: `json`, `ast`, `typing` and
-`traceback` together would double the CPU time of a call. The last lines of the file call `main`,
-since it is never imported.
+`traceback` together would double the CPU time of a call.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def replace_standard_input(text: str) -> None:
     """Give the program its own standard input: empty, or an unlinked file with `text`."""
     if text:
         path = "stdin"
-        with open(path, "w", encoding="utf-8") as file:
+        with open(path, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
         descriptor = os.open(path, os.O_RDONLY)
         os.unlink(path)
@@ -63,7 +64,7 @@ def replace_standard_input(text: str) -> None:
     sys.stdin = os.fdopen(0, encoding="utf-8", errors="replace", closefd=False)
 
 
-def install_traceback(code: str, message_only: bool) -> None:
+def install_traceback(code: str, message_only: bool, program: types.ModuleType) -> None:
     """Print uncaught exceptions as if the program had been started by itself."""
 
     def print_exception(
@@ -75,7 +76,8 @@ def install_traceback(code: str, message_only: bool) -> None:
         lines = [line + "\n" for line in code.split("\n")]
         # No modification time: the entry is then never checked against a file.
         linecache.cache[PROGRAM_NAME] = (len(code), None, lines, PROGRAM_NAME)
-        while trace is not None and trace.tb_frame.f_code.co_filename != PROGRAM_NAME:
+        # By globals, not by file name: this text may itself run as the program of another one.
+        while trace is not None and trace.tb_frame.f_globals is not program.__dict__:
             trace = trace.tb_next
         if message_only:
             message = traceback.format_exception_only(kind, error)
@@ -95,9 +97,10 @@ def show(value: object) -> None:
 
 def run(request: dict) -> None:
     """Run the program as `__main__`. Its last expression is shown if the request says so."""
-    code = request["code"]
+    main_module = types.ModuleType("__main__")
+    install_traceback(request["code"], request["short_traceback"], main_module)
     tree: _ast.Module = compile(  # type: ignore[assignment]
-        code, PROGRAM_NAME, "exec", _ast.PyCF_ONLY_AST
+        request["code"], PROGRAM_NAME, "exec", _ast.PyCF_ONLY_AST
     )
     last = None
     if request["print_last_expression"] and tree.body and isinstance(tree.body[-1], _ast.Expr):
@@ -105,12 +108,25 @@ def run(request: dict) -> None:
         last = compile(shown, PROGRAM_NAME, "single")
         sys.displayhook = show
     program = compile(tree, PROGRAM_NAME, "exec")
-    main_module = types.ModuleType("__main__")
     sys.modules["__main__"] = main_module
     sys.argv = [PROGRAM_NAME]
     exec(program, main_module.__dict__)
     if last is not None:
         exec(last, main_module.__dict__)
+
+
+def prepare_streams() -> None:
+    """Line buffering, so that what a program printed before it was killed is not lost."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(  # type: ignore[union-attr]
+            encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
+
+
+def run_here(request: dict) -> None:
+    """Run the program in an interpreter that somebody else has bounded and given its input."""
+    prepare_streams()
+    run(request)
 
 
 def main() -> None:
@@ -125,13 +141,7 @@ def main() -> None:
         os._exit(0)  # closed unused
     request = marshal.loads(payload)
     replace_standard_input(request["stdin"])
-    apply_limits(settings["limits"])
-    install_traceback(request["code"], request["short_traceback"])
-    # Line buffering, so that what a program printed before it was killed is not lost.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    apply_limits({**settings["limits"], "memory_bytes": request["memory_bytes"]})
+    prepare_streams()
     os.write(1, b"S")
     run(request)
-
-
-main()

@@ -1,5 +1,6 @@
 """Looks at the process table, to see whether a sandbox leaves anything behind."""
 
+import contextlib
 import ctypes
 import os
 import time
@@ -65,3 +66,21 @@ def reap_orphans(seconds: float) -> int:
         else:
             time.sleep(0.02)
     raise TimeoutError(f"still alive after {seconds} s: {descendants()}")
+
+
+def reap(pids: set[int], seconds: float) -> None:
+    """Reap these processes, orphans that are our children or will be, which must end in `seconds`.
+
+    Raises:
+        TimeoutError: some still live.
+    """
+    deadline = time.monotonic() + seconds
+    left = set(pids)
+    while left and time.monotonic() < deadline:
+        for pid in sorted(left & descendants()):
+            with contextlib.suppress(ChildProcessError):  # not ours yet
+                os.waitpid(pid, os.WNOHANG)
+        left &= descendants()
+        time.sleep(0.02)
+    if left:
+        raise TimeoutError(f"still alive after {seconds} s: {left}")
