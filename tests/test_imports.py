@@ -20,8 +20,8 @@ MAY_IMPORT = {
     "config_file": set(),
     "config_help": set(),
     "convert": {"student"},
-    "data": {"chat"},
-    "evaluation": {"rollout", "rewards", "data"},
+    "data": {"chat", "tools"},
+    "evaluation": {"rollout", "rewards", "data", "serving", "report"},
     "files": set(),
     "loop": EVERYTHING,
     "ops": {"algorithm"},
@@ -38,7 +38,10 @@ MAY_IMPORT = {
 }  # fmt: skip
 """The parts of the package and which other parts each may import, beside those for all."""
 
-WITHOUT_TORCH = ("config", "config_help", "report", "slurm.command_line", "tools", "trajectory")
+WITHOUT_TORCH = (
+    *("config", "config_help", "report", "rewards"),
+    *("slurm.command_line", "tools", "trajectory"),
+)
 
 
 def parts() -> list[str]:
