@@ -38,9 +38,7 @@ def metrics_by_outcome(rows: Iterable[StepValues]) -> dict[str, float]:
 
 
 def _kinds(succeeded: Sequence[bool], k: int) -> list[str]:
-    if k >= len(succeeded):
-        own = "no_call"
-    else:
-        own = "call_succeeded" if succeeded[k] else "call_failed"
-    follows_failure = 1 <= k <= len(succeeded) and not succeeded[k - 1]
+    calls = ["call_succeeded" if success else "call_failed" for success in succeeded]
+    own = calls[k] if k < len(calls) else "no_call"
+    follows_failure = 1 <= k <= len(calls) and calls[k - 1] == "call_failed"
     return [own, "after_failure"] if follows_failure else [own]

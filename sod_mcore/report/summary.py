@@ -23,6 +23,7 @@ def summarise_rollout(
     Returns:
         Means over trajectories unless the name says otherwise. Lengths are tokens; a response is
         all after the prompt, observations included. ``reward/std`` is the population's.
+        ``reward/category/<category>`` is the share of a verdict.
         ``rollout/failed_call_share`` is the share of trajectories with at least one failed call,
         ``rollout/failed_calls`` the share of calls that failed. Without trajectories only the
         counts are there.
@@ -48,6 +49,8 @@ def _rewards(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     for source in sorted({t.data_source for t in trajectories}):
         of_source = [t.is_correct for t in trajectories if t.data_source == source]
         metrics[f"reward/solved/{source or 'unnamed'}"] = _mean(of_source)
+    for category, count in sorted(Counter(t.category for t in trajectories).items()):
+        metrics[f"reward/category/{category or 'unknown'}"] = count / len(trajectories)
     for part in sorted({name for t in trajectories for name in t.reward_parts}):
         values = [t.reward_parts[part] for t in trajectories if part in t.reward_parts]
         metrics[f"reward/part/{part}"] = _mean(values)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sod_mcore.chat import ChatRenderer
-from sod_mcore.config import RolloutConfig
+from sod_mcore.config import RolloutConfig, ToolsConfig
 from sod_mcore.rollout.batch import BatchServices, RolloutRequest
 from sod_mcore.rollout.episode import Episode, EpisodeLimits, tool_schemas
 from sod_mcore.rollout.gate import RequestGate
@@ -20,7 +20,14 @@ from sod_mcore.rollout.teacher import TeacherScorer
 from sod_mcore.serving.client import EngineClient, Generation, SamplingSettings
 from sod_mcore.serving.fleet import read_endpoints
 from sod_mcore.serving.scoring import ScoringError
-from sod_mcore.tools import make_runner, make_tools, open_memory_group, tool_limits
+from sod_mcore.tools import (
+    MemoryGroup,
+    Tool,
+    make_runner,
+    make_tools,
+    open_memory_group,
+    tool_limits,
+)
 from sod_mcore.trajectory import Prompt, Trajectory
 
 
@@ -50,14 +57,7 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
         settings.student_path, enable_thinking=settings.chat.enable_thinking
     )
     memory_group = stack.enter_context(open_memory_group(settings.tools))
-    runner = make_runner(
-        settings.tools,
-        tool_limits(settings.tools),
-        max_concurrency=settings.tools.workers,
-        memory_group=memory_group,
-    )
-    await stack.enter_async_context(runner)
-    tools = make_tools(settings.tools, runner)
+    tools = await _open_tools(settings.tools, memory_group, stack)
     judge = await open_judge(
         settings.reward,
         settings.tools,
@@ -90,6 +90,17 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
     return RolloutServices(
         BatchServices(run_episode, judge, score_with_teacher, ScoringError), gate
     )
+
+
+async def _open_tools(
+    config: ToolsConfig, memory_group: MemoryGroup | None, stack: AsyncExitStack
+) -> dict[str, Tool]:
+    runner = make_runner(
+        config, tool_limits(config), max_concurrency=config.workers, memory_group=memory_group
+    )
+    if config.names:
+        await stack.enter_async_context(runner)
+    return make_tools(config, runner)
 
 
 def _episode_limits(config: RolloutConfig) -> EpisodeLimits:

@@ -105,8 +105,8 @@ def _engine_gpus(serving: ServingConfig, request: Request) -> set[int]:
         shared = taken & set(engine.gpus)
         if shared:
             raise ConfigError(
-                f"{serving_field(name)}.gpus is {list(engine.gpus)}: another model's engines take GPU "
-                f"{min(shared)} as well; give each model its own"
+                f"{serving_field(name)}.gpus is {list(engine.gpus)}: another model's engines take "
+                f"GPU {min(shared)} as well; give each model its own"
             )
         taken |= set(engine.gpus)
     return taken
