@@ -109,7 +109,8 @@ def _first_problem(section: type, error: ValidationError) -> str:
         return f"{field_name} is not a setting; allowed here: {allowed}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{field_name} is missing; set it in the file or as {field_name}=VALUE"
-    return f"{field_name} is {problem['input']!r}: {problem['msg']}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{field_name} is {problem['input']!r}: {reason}"
 
 
 def _field_names(section: type, path: Sequence[str]) -> list[str]:

@@ -107,6 +107,19 @@ def test_unknown_sections_are_refused(tmp_path: Path) -> None:
         ("optimizer.schedule=step", ["optimizer.schedule is 'step'", "'constant'", "'cosine'"]),
         ("rollout.max_dropped_fraction=1.5", ["rollout.max_dropped_fraction is 1.5", "1"]),
         ("algorithm.topk.jsd_beta=1", ["algorithm.topk.jsd_beta is 1", "less than 1"]),
+        ("algorithm.distillation=k4", ["algorithm.distillation is 'k4'", "'topk_loss'"]),
+        (
+            "algorithm.distillation=k1_loss",
+            ["algorithm.distillation is 'k1_loss': its gradient does not", "take advantage"],
+        ),
+        (
+            "algorithm.distillation=topk_advantage",
+            ["algorithm.distillation is 'topk_advantage': its expected gradient is zero"],
+        ),
+        (
+            "algorithm.distillation=topk_without_tail",
+            ["algorithm.distillation is 'topk_without_tail': what the student puts outside"],
+        ),
         ("optimizer.adam_betas=[0.9]", ["optimizer.adam_betas"]),
         ("student=null", ["student is None"]),
     ],
@@ -151,7 +164,7 @@ def test_the_teacher_is_needed_exactly_if_a_term_reads_it(tmp_path: Path) -> Non
     path = write(tmp_path)
     assert load_config(SodConfig, path).needs_teacher
     assert not load_config(SodConfig, path, ["algorithm.distillation=none"]).needs_teacher
-    with_topk = ["algorithm.distillation=none", "algorithm.topk.k=4"]
+    with_topk = ["algorithm.distillation=topk_loss", "algorithm.topk.k=4"]
     assert load_config(SodConfig, path, with_topk).needs_teacher
 
 

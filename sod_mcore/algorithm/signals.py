@@ -116,7 +116,7 @@ def compute_signals(
         old_logprobs: float32 ``[T]`` for each trajectory, NaN outside the loss mask.
         config: coefficients and options.
     """
-    needs_teacher = config.distillation != "none" or config.topk.k > 0
+    needs_teacher = config.needs_teacher
     masks = [t.loss_mask if t.is_scored or not needs_teacher else np.zeros_like(t.loss_mask)
              for t in trajectories]  # fmt: skip
     mask = _pad(masks, False)

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from sod_mcore.config.base import STRICT, NonNegative, Positive
+
+REFUSED_SIGNALS = {
+    "k1_loss": "its gradient does not depend on the teacher; take advantage, k2_loss or k3_loss",
+    "topk_advantage": "its expected gradient is zero; take topk_loss",
+    "topk_without_tail": "what the student puts outside would cost nothing; take topk_loss",
+}
+"""Pairings of estimator and use that teach nothing, or the wrong thing."""
+
+
+def _refuse_signal(value: object) -> object:
+    if isinstance(value, str) and value in REFUSED_SIGNALS:
+        raise ValueError(REFUSED_SIGNALS[value])
+    return value
+
+
+TeacherSignal = Annotated[
+    Literal["advantage", "k2_loss", "k3_loss", "topk_loss", "none"], BeforeValidator(_refuse_signal)
+]
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -15,7 +33,7 @@ class TopKConfig:
     """Distillation on the teacher's K likeliest tokens plus one bucket for all others."""
 
     k: NonNegative = 0
-    """Teacher candidates a token; 0 turns the term off and asks the teacher for none."""
+    """Teacher candidates a token; 0 asks the teacher for none."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
     """Divergence between the bucketed distributions; always a differentiable loss."""
     coefficient: Annotated[float, Field(ge=0)] = 1.0
@@ -40,13 +58,15 @@ class AlgorithmConfig:
     """Factor of the group-relative advantage (Eq. 2)."""
     normalize_by_std: bool = True
     """Divide group advantages by the group's standard deviation."""
-    distillation: Literal["advantage", "k2_loss", "k3_loss", "none"] = "advantage"
-    """What becomes of the teacher's log-prob of the sampled token: an advantage (k1, as the paper),
-    a k2 loss (expected gradient of the reverse KL), a k3 loss (of the forward KL), or nothing."""
+    distillation: TeacherSignal = "advantage"
+    """What becomes of the teacher's scores: an advantage of the sampled token (k1, as the paper), a
+    k2 loss on it (expected gradient of the reverse KL), a k3 loss (of the forward KL), a loss on
+    the teacher's topk.k likeliest tokens and the rest, or nothing."""
     distillation_coefficient: Annotated[float, Field(ge=0)] = 1.0
     """Factor of the sampled-token distillation term (Eq. 10)."""
     topk: TopKConfig = Field(default_factory=TopKConfig)
-    """Distillation on the teacher's top-K candidates."""
+    """The teacher's likeliest tokens, for distillation: topk_loss; with another choice, k > 0 adds
+    that loss to it."""
     weighting: str = "sod"
     """Rule of the step weights: "sod": min((d_1 + epsilon) / (d_k + epsilon), 1 + delta) (Eq. 7);
     "uniform": 1; "failure_decay": decay^(k - k_err) after the first failed tool call;
@@ -83,6 +103,11 @@ class AlgorithmConfig:
     """Entropy bonus."""
     teacher_logprob_floor: Annotated[float, Field(lt=0)] = -50.0
     """Non-finite or smaller teacher log-probs are raised to this value and counted."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term of the loss reads the teacher's scores."""
+        return self.distillation != "none"
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)

@@ -58,7 +58,7 @@ class SodConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether any term of the loss reads the teacher's scores."""
-        return self.algorithm.distillation != "none" or self.algorithm.topk.k > 0
+        return self.algorithm.needs_teacher
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)

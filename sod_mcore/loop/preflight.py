@@ -15,7 +15,13 @@ import torch
 
 from sod_mcore.algorithm.weighting import find_rule
 from sod_mcore.chat.template import ChatTemplateError
-from sod_mcore.config import HUB_PREFIX, ConfigError, SodConfig, serving_field
+from sod_mcore.config import (
+    HUB_PREFIX,
+    AlgorithmConfig,
+    ConfigError,
+    SodConfig,
+    serving_field,
+)
 from sod_mcore.data.errors import DataError
 from sod_mcore.data.overlap import OverlapError
 from sod_mcore.loop.run_prompts import (
@@ -101,6 +107,7 @@ def check_settings(config: SodConfig) -> None:
         )
     if config.run.replay is None and config.serving is None:
         raise ConfigError("serving is missing; configure the engines, or give run.replay")
+    _check_signal(algorithm)
     check_teacher_settings(config)
     tool_schemas(config.tools)
     choose_sandbox_url(config.tools.sandbox_url)
@@ -110,6 +117,19 @@ def check_settings(config: SodConfig) -> None:
         make_objective(algorithm)
     except ValueError as error:
         raise ConfigError(f"algorithm: {error}") from error
+
+
+def _check_signal(algorithm: AlgorithmConfig) -> None:
+    if algorithm.distillation == "topk_loss" and algorithm.topk.k == 0:
+        raise ConfigError(
+            "algorithm.distillation is topk_loss, but algorithm.topk.k is 0; give the number of "
+            "the teacher's candidates a token, 16 for instance"
+        )
+    if algorithm.distillation == "none" and algorithm.topk.k > 0:
+        raise ConfigError(
+            f"algorithm.topk.k is {algorithm.topk.k}, but algorithm.distillation is none; set that "
+            "to topk_loss, or topk.k to 0"
+        )
 
 
 def _check_operations() -> None:

@@ -28,8 +28,7 @@ def check_teacher_settings(config: SodConfig) -> None:
         return
     if serving.teacher is None and not teacher.by_source:
         raise ConfigError(
-            "serving.teacher is missing; configure it, or set algorithm.distillation=none and "
-            "algorithm.topk.k=0"
+            "serving.teacher is missing; configure it, or set algorithm.distillation=none"
         )
     for prefix, name in teacher.by_source.items():
         if name not in serving.models or name == "student":

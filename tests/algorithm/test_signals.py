@@ -107,7 +107,7 @@ def test_an_infinite_teacher_logprob_is_floored_and_counted() -> None:
 
 
 def test_top_k_alone_uses_weights_but_no_log_ratio_advantage() -> None:
-    config = AlgorithmConfig(distillation="none", topk=TopKConfig(k=4), grpo_coefficient=0.0)
+    config = AlgorithmConfig(distillation="topk_loss", topk=TopKConfig(k=4), grpo_coefficient=0.0)
     (only,) = compute_signals([trajectory()], [old_logprobs()], config).trajectories
     assert not only.advantages.any()
     np.testing.assert_allclose(only.token_weights[1:], TOKEN_WEIGHTS, atol=1e-5)

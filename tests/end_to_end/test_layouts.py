@@ -110,7 +110,7 @@ def objectives(live_run: LiveRun) -> dict[str, AlgorithmConfig]:
     paper = AlgorithmConfig(**common)
     clipped = dataclasses.replace(
         paper,
-        distillation="none",
+        distillation="topk_loss",
         old_logprobs="rollout",
         topk=TopKConfig(k=16, divergence="forward_kl"),
     )

@@ -104,6 +104,19 @@ def test_a_rule_of_step_weights_that_does_not_exist(tree: dict[str, Any]) -> Non
     assert "algorithm.weighting is 'sodd'; it must be one of sod, uniform" in found
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        ({"distillation": "topk_loss"}, "algorithm.distillation is topk_loss, but"),
+        ({"distillation": "none", "topk": {"k": 4}}, "algorithm.topk.k is 4, but"),
+    ],
+)
+def test_candidates_and_their_loss_go_together(
+    tree: dict[str, Any], algorithm: dict[str, Any], expected: str
+) -> None:
+    assert expected in problem(tree, algorithm={**tree["algorithm"], **algorithm})
+
+
 def test_an_implementation_that_does_not_exist(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
