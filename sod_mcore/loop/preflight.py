@@ -105,6 +105,11 @@ def check_settings(config: SodConfig) -> None:
             "nucleus is cut, so with algorithm.tis_cap or algorithm.old_logprobs=rollout only 1.0 "
             "is allowed"
         )
+    if config.reward.overlong_buffer > rollout.max_response_tokens:
+        raise ConfigError(
+            f"reward.overlong_buffer is {config.reward.overlong_buffer}; it counts from the end of "
+            f"rollout.max_response_tokens={rollout.max_response_tokens}: give at most that, or 0"
+        )
     if config.run.replay is None and config.serving is None:
         raise ConfigError("serving is missing; configure the engines, or give run.replay")
     _check_signal(algorithm)

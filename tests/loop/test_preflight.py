@@ -139,6 +139,11 @@ def test_a_temperature_that_the_teacher_cannot_score(tree: dict[str, Any]) -> No
     assert "rollout.temperature is 0.7" in problem(tree, rollout={"temperature": 0.7})
 
 
+def test_a_penalty_for_length_that_begins_before_the_response(tree: dict[str, Any]) -> None:
+    tree["rollout"] = {"max_response_tokens": 100}
+    assert "reward.overlong_buffer is 101" in problem(tree, reward={"overlong_buffer": 101})
+
+
 def test_no_engines_and_no_replay(tree: dict[str, Any]) -> None:
     assert "serving is missing" in problem(tree, serving=None)
 
