@@ -19,8 +19,9 @@ from sod_mcore.algorithm.signals import compute_signals
 from sod_mcore.config import SodConfig
 from sod_mcore.loop.command_line import read_command_line
 from sod_mcore.loop.ending import ending_in_order
+from sod_mcore.loop.opening import open_session
 from sod_mcore.loop.preflight import check_before_launch
-from sod_mcore.loop.session import Session, open_session
+from sod_mcore.loop.session import Session
 from sod_mcore.loop.training_examples import make_objective, plan_step, training_examples
 
 
