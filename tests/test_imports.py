@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sod_mcore"
-FOR_ALL = {"config", "config_file", "trajectory", "files", "outcome", "platform"}
+FOR_ALL = {"config", "config_file", "trajectory", "files", "outcome", "platform", "user_functions"}
 EVERYTHING = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}
 MAY_IMPORT = {
     "algorithm": set(),
@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "config_help": set(),
     "convert": {"student"},
     "data": {"chat", "tools"},
-    "evaluation": {"rollout", "rewards", "data", "serving", "report"},
+    "evaluation": {"chat", "rollout", "rewards", "data", "serving", "report", "tools"},
     "files": set(),
     "loop": EVERYTHING,
     "ops": {"algorithm"},
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "student": {"ops", "algorithm"},
     "tools": set(),
     "trajectory": set(),
+    "user_functions": set(),
 }  # fmt: skip
 """The parts of the package and which other parts each may import, beside those for all."""
 

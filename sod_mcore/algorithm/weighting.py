@@ -8,7 +8,6 @@ function as ``package.module:function`` with the same signature.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +19,8 @@ from sod_mcore.algorithm.weights import (
     spread_over_tokens,
     weights_from_divergence,
 )
-from sod_mcore.config import AlgorithmConfig, ConfigError
+from sod_mcore.config import AlgorithmConfig
+from sod_mcore.user_functions import import_function
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,8 @@ def find_rule(name: str) -> WeightRule:
     """
     if name in RULES:
         return RULES[name]
-    module, colon, function = name.partition(":")
     choices = f"one of {', '.join(RULES)}, or a function of yours as package.module:function"
-    if not colon:
-        raise ConfigError(f"algorithm.weighting is {name!r}; it must be {choices}")
-    try:
-        rule: WeightRule = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"algorithm.weighting is {name!r}, which cannot be imported ({error}); it must be "
-            f"{choices}, importable where the trainer runs"
-        ) from error
-    return rule
+    return import_function("algorithm.weighting is", name, choices)
 
 
 def shrunk_divergence(steps: StepWeights, prior_tokens: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Final
 
 from sod_mcore.config import ConfigError
 from sod_mcore.rewards.interface import Grader, Verifier
-from sod_mcore.rewards.user_grader import UserGrader, import_function
+from sod_mcore.rewards.user_grader import UserGrader, find_user_function
 
 BUILT_IN_SOURCES: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -64,7 +64,7 @@ def find_grader(name: str, *, math: str = "math_verify") -> Grader:
                 f"reward.verifiers names {name!r}; it must be one of {choices}, or a function of "
                 "yours as package.module:function"
             )
-        import_function(name)
+        find_user_function(name)
         return UserGrader(name)
     module, _, attribute = _GRADERS[name].partition(":")
     try:

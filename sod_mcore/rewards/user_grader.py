@@ -1,12 +1,12 @@
 """A grader that is a function of the user's, named in ``reward.verifiers``."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sod_mcore.config import ConfigError
 from sod_mcore.rewards.interface import Verdict
+from sod_mcore.user_functions import import_function
 
 UserFunction = Callable[[str, str, Mapping[str, object]], float | bool | Verdict]
 """``function(response_text, ground_truth, extra_info)``."""
@@ -30,7 +30,7 @@ class UserGrader:
         Raises:
             ValueError: the function gave anything else, or raised this itself.
         """
-        result = import_function(self.name)(response_text, ground_truth, extra_info)
+        result = find_user_function(self.name)(response_text, ground_truth, extra_info)
         if isinstance(result, Verdict):
             return result
         if isinstance(result, bool):
@@ -44,25 +44,19 @@ class UserGrader:
 
 
 def _import_and_make(name: str) -> UserGrader:
-    import_function(name)
+    find_user_function(name)
     return UserGrader(name)
 
 
-def import_function(name: str) -> UserFunction:
+def find_user_function(name: str) -> UserFunction:
     """The function that ``package.module:function`` names.
 
     Raises:
         ConfigError: it cannot be imported, or cannot be called as a grader is.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        function: UserFunction = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"reward.verifiers names {name!r}, which cannot be imported ({error}); give "
-            "package.module:function, importable where rollouts run"
-        ) from error
-    if not callable(function) or inspect.iscoroutinefunction(function):
+    choices = "the name of a verifier, or a function of yours as package.module:function"
+    function = import_function("reward.verifiers names", name, choices)
+    if inspect.iscoroutinefunction(function):
         raise ConfigError(
             f"reward.verifiers names {name!r}, which is no plain function; give a function of "
             "(response_text, ground_truth, extra_info)"

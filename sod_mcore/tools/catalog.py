@@ -4,7 +4,6 @@ Making a tool starts nothing and costs little, so those who only need schemas (t
 of prompts) make them the same way, with a sandbox that is never started.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from sod_mcore.tools.runner import ProgramRunner
 from sod_mcore.tools.sandbox import Sandbox
 from sod_mcore.tools.sandbox_fusion import SandboxFusionClient, choose_sandbox_url
 from sod_mcore.tools.search import Index, Search, read_documents, search_schema
+from sod_mcore.user_functions import import_function
 
 ToolFactory = Callable[[ToolsConfig, ProgramRunner], Tool]
 """Makes a tool from the settings. It may keep the runner, which is started before the first call,
@@ -163,14 +163,4 @@ def _find_factory(name: str) -> ToolFactory:
     if name in _BUILT_IN:
         return _BUILT_IN[name][1]
     choices = f"one of {', '.join(_BUILT_IN)}, or a function of yours as package.module:function"
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise ConfigError(f"tools.names has {name!r}; it must be {choices}")
-    try:
-        factory: ToolFactory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"tools.names has {name!r}, which cannot be imported ({error}); it must be {choices}, "
-            "importable where the rollout runs"
-        ) from error
-    return factory
+    return import_function("tools.names has", name, choices)
