@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sod_mcore"
-FOR_ALL = {"config", "config_file", "trajectory", "files", "outcome", "platform", "user_functions"}
+FOR_ALL = {
+    "config",
+    "config_file",
+    "config_help",
+    "trajectory",
+    "files",
+    "outcome",
+    "platform",
+    "user_functions",
+}
 EVERYTHING = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}
 MAY_IMPORT = {
     "algorithm": set(),
