@@ -14,12 +14,16 @@ from sod_mcore.config import ConfigError
 
 Section = TypeVar("Section")
 
+_PYDANTIC_TAGS = frozenset({"[key]", "str", "tuple[str, ...]"})
+"""Parts of an error's place that stand for a kind of value and not for a setting."""
+
 
 def load_config(section: type[Section], path: Path, overrides: Sequence[str] = ()) -> Section:
     """Read ``section`` from a YAML file and apply ``key.sub=value`` overrides.
 
     A file may begin with ``extends: other.yaml``, or a list of such paths, relative to its own
     folder: each is laid over the ones before it, and the file's own settings over all of them.
+    Mappings are joined key by key, so an empty one takes nothing away; null does.
     Override values are YAML (``true``, ``3``, ``[1, 2]``, ``null``).
 
     Raises:
@@ -102,9 +106,10 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 def _first_problem(section: type, error: ValidationError) -> str:
     problem = error.errors()[0]
-    field_name = ".".join(str(part) for part in problem["loc"])
+    path = [str(part) for part in problem["loc"] if str(part) not in _PYDANTIC_TAGS]
+    field_name = ".".join(path)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        parent = [str(part) for part in problem["loc"][:-1]]
+        parent = path[:-1]
         allowed = ", ".join(sorted(_field_names(section, parent)))
         return f"{field_name} is not a setting; allowed here: {allowed}"
     if problem["type"] in ("missing", "missing_argument"):
@@ -117,7 +122,9 @@ def _field_names(section: type, path: Sequence[str]) -> list[str]:
     schema = TypeAdapter(section).json_schema()
     node: dict[str, Any] = schema
     for key in path:
-        node = _resolve(schema, node).get("properties", {}).get(key, {})
+        section_node = _resolve(schema, node)
+        named = section_node.get("additionalProperties") or {}
+        node = section_node.get("properties", {}).get(key, named)
     return list(_resolve(schema, node).get("properties", {}))
 
 

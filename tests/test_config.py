@@ -241,3 +241,11 @@ def test_names_that_further_teachers_cannot_have(tmp_path: Path, name: str) -> N
         + f"serving: {{student: {{model_path: a}}, teachers: {{{name}: {{model_path: b}}}}}}"
     )
     assert "cannot name a further teacher" in load_error(tmp_path, text=text)
+
+
+def test_faults_inside_a_further_teacher_are_named_as_they_are_written(tmp_path: Path) -> None:
+    teachers = ["serving.student.model_path=a", "serving.teachers.coder.model_path=b"]
+    unknown = load_error(tmp_path, *teachers, "serving.teachers.coder.model_pat=c")
+    assert unknown.startswith("serving.teachers.coder.model_pat is not a setting; allowed here: ")
+    assert "context_length" in unknown
+    assert load_error(tmp_path, "evaluation.data=[a, 3]").startswith("evaluation.data is [")

@@ -2,7 +2,7 @@
 # Sourced by the scripts beside it: where things are, and what they need. Variables:
 #   MODEL_PATH          Hugging Face folder that is trained or measured
 #   SAVE_PATH           folder of everything that is written
-#   SIZE                recipes to use: 0.6b (default) or 1.7b
+#   SIZE                recipes to use: 0.6b (default), 1.7b or 4b
 # Further arguments of a script are settings, key=value.
 set -euo pipefail
 
@@ -22,7 +22,7 @@ need() {
 recipe() {
     local file="examples/qwen3/$size/$1.yaml"
     if [ ! -f "$file" ]; then
-        echo "error: there is no recipe $file; SIZE must be one of 0.6b, 1.7b, and METHOD one of" \
+        echo "error: there is no recipe $file; SIZE must be one of 0.6b, 1.7b, 4b, and METHOD one of" \
             "$(find "examples/qwen3/$size" -name '*.yaml' -exec basename {} .yaml \; 2>/dev/null | LC_ALL=C sort | tr '\n' ' ')" >&2
         exit 2
     fi

@@ -98,7 +98,8 @@ class AlgorithmConfig:
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
     """Where the old log-probs come from: a forward pass of the trainer, or the rollout engine."""
     tis_cap: Annotated[float, Field(gt=0)] | None = None
-    """Cap of truncated importance sampling against the rollout's log-probs; null turns it off."""
+    """Cap of truncated importance sampling against the rollout's log-probs: scales the advantages,
+    not the k2, k3 and top-K losses. null turns it off."""
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """Entropy bonus."""
     teacher_logprob_floor: Annotated[float, Field(lt=0)] = -50.0

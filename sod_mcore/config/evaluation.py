@@ -25,7 +25,7 @@ class EvaluationConfig:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling in evaluation."""
     max_prompts: Positive | None = None
-    """Prompts used during training; before and after, all of them are."""
+    """Prompts used of each file during training; before and after, all of them are."""
 
     @property
     def data_files(self) -> tuple[str, ...]:
@@ -61,8 +61,9 @@ class BenchmarkConfig:
     show_tests: bool = False
     """Print the test cases of LiveCodeBench_v6 in its prompts, as the reference does. Programs are
     scored by the same cases, so scores are then too high."""
-    chunk_trajectories: Positive = 256
-    """Samples, at least, that are submitted and kept together; a crash loses those under way."""
+    chunk_trajectories: Positive | None = None
+    """Samples, at least, that are submitted and kept together; a crash loses those under way. null
+    takes rollout.concurrency."""
 
     @property
     def data_files(self) -> tuple[str, ...]:

@@ -60,6 +60,11 @@ class SodConfig:
         """Whether any term of the loss reads the teacher's scores."""
         return self.algorithm.needs_teacher
 
+    @property
+    def averages_weights(self) -> bool:
+        """Whether the teacher is an average of the student's weights."""
+        return self.needs_teacher and self.teacher.weights == "average"
+
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class SftDataConfig:

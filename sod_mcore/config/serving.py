@@ -63,7 +63,8 @@ class ServingConfig:
     """The SGLang fleet: one router a model, one front door."""
 
     student: EngineConfig
-    """The model that generates rollouts; the only one that receives new weights."""
+    """The model that generates rollouts; the only one that receives new weights, unless
+    teacher.weights is average."""
     teacher: EngineConfig | None = None
     """The model that scores; may be left out when nothing is distilled."""
     teachers: dict[TeacherName, EngineConfig] = Field(default_factory=dict)

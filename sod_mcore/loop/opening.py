@@ -100,9 +100,7 @@ def _open_student(config: SodConfig) -> tuple[Student, int]:
         config.ddp,
         total_updates=config.run.steps * updates_per_step,
         seed=config.run.seed,
-        average_decay=(
-            config.teacher.average_decay if config.teacher.weights == "average" else None
-        ),
+        average_decay=config.teacher.average_decay if config.averages_weights else None,
     )
     if config.run.resume == "auto":
         progress = student.load_checkpoint(Path(config.run.directory) / "checkpoints")
@@ -139,4 +137,5 @@ def _open_weight_sync(
         directory=Path(config.run.directory) / "weights",
         probe_ids=probe_token_ids(student.vocab_size, config.run.seed),
         group=student.layout.world_group,
+        teacher_follows=config.averages_weights,
     )

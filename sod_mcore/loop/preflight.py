@@ -34,7 +34,7 @@ from sod_mcore.loop.teacher_checks import check_teacher_lengths, check_teacher_s
 from sod_mcore.loop.training_examples import make_objective
 from sod_mcore.ops.extension import extension_for
 from sod_mcore.report.metrics import require_wandb
-from sod_mcore.rollout.teacher import teacher_models
+from sod_mcore.rollout.teacher import teacher_model
 from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
 from sod_mcore.serving.tensor_check import engine_shapes
@@ -75,7 +75,7 @@ def check_before_launch(config: SodConfig) -> RunPrompts:
         if config.run.replay is not None:
             return RunPrompts()
         prompts = read_run_prompts(config)
-        endpoints = check_engines(config)
+        endpoints = check_engines(config, prompts)
         prompts = within_length(config, prompts)
         check_teacher_lengths(
             config, endpoints, prompt_renderer(config), tool_schemas(config.tools), prompts.train
@@ -169,18 +169,18 @@ def check_files(config: SodConfig) -> None:
             _check_same_tokenizer(student, field_name, Path(engine.model_path))
 
 
-def check_engines(config: SodConfig) -> Endpoints:
+def check_engines(config: SodConfig, prompts: RunPrompts) -> Endpoints:
     """Engines that answer, with room for the longest trajectory."""
     endpoints = live_endpoints(config)
-    _check_served_models(endpoints, config)
+    _check_served_models(endpoints, config, prompts)
     if config.serving is not None and config.serving.weight_sync == "tensor":
         engine_shapes(endpoints.model("student"))
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for name, model in endpoints.models.items():
-        if model.context_length < longest:
+        if model.longest_input < longest:
             raise ConfigError(
                 f"data.max_prompt_tokens + rollout.max_response_tokens is {longest}; the engine of "
-                f"{name} takes {model.context_length} tokens: lower them, or raise "
+                f"{name} takes {model.longest_input} tokens: lower them, or raise "
                 f"{serving_field(name)}.context_length"
             )
     return endpoints
@@ -199,18 +199,31 @@ def live_endpoints(config: SodConfig) -> Endpoints:
     return endpoints
 
 
-def _check_served_models(endpoints: Endpoints, config: SodConfig) -> None:
+def _check_served_models(endpoints: Endpoints, config: SodConfig, prompts: RunPrompts) -> None:
     """The engines may have been started by another configuration."""
     assert config.serving is not None
     endpoints.model("student")
-    names = teacher_models(config.teacher, config.serving) if config.needs_teacher else set()
-    for name in sorted(names - {"student"}):
+    asked = {teacher_model(config.teacher, prompt.data_source) for prompt in prompts.train}
+    for name in sorted(asked - {"student"}) if config.needs_teacher else ():
+        _check_unchanged(endpoints, config, name)
         configured, served = config.serving.models[name], endpoints.model(name)
         if Path(served.model_path).resolve() != Path(configured.model_path).resolve():
             raise ConfigError(
                 f"{serving_field(name)}.model_path is {configured.model_path}, but the running "
                 f"engines serve {served.model_path}; start them again with this configuration"
             )
+
+
+def _check_unchanged(endpoints: Endpoints, config: SodConfig, name: str) -> None:
+    """A teacher's weights change only where it is the student's average."""
+    if config.averages_weights:
+        return
+    newest = max(weight_versions(endpoints, name, REACHABLE_TIMEOUT_SECONDS))
+    if newest > 0:
+        raise ConfigError(
+            f"the engines of {name} hold weight version {newest}, an average that another run left "
+            f"there, and not {endpoints.model(name).model_path}; start the engines again"
+        )
 
 
 def _check_file(field_name: str, path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,18 @@ def read_evaluation_prompts(config: SodConfig) -> list[Prompt]:
         DataError: a file cannot be read, or rows of it are malformed.
     """
     return [prompt for file in config.evaluation.data_files for prompt in _read(config, file)]
+
+
+def first_of_each_file(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """At most ``count`` prompts of each data file, in order; all of them for None."""
+    taken: Counter[str] = Counter()
+    kept = []
+    for prompt in prompts:
+        file = prompt.prompt_id.rpartition("/")[0]
+        taken[file] += 1
+        if count is None or taken[file] <= count:
+            kept.append(prompt)
+    return kept
 
 
 def prompt_renderer(config: SodConfig) -> ChatRenderer:

@@ -22,6 +22,7 @@ from sod_mcore.data.plan import Plan
 from sod_mcore.evaluation.evaluate import evaluate_temperature
 from sod_mcore.loop.ending import Ending
 from sod_mcore.loop.reporting import Reporter
+from sod_mcore.loop.run_prompts import first_of_each_file
 from sod_mcore.loop.stop import StopRequest, StopRequested
 from sod_mcore.loop.training_examples import first_epoch, indices_in_order, scoring_examples
 from sod_mcore.loop.trajectory_source import TrajectorySource
@@ -153,10 +154,11 @@ class Session:
     def evaluate(self, step: int) -> None:
         """Solve the evaluation problems with the published weights; nothing when replaying.
 
-        All prompts before the first and after the last step, ``evaluation.max_prompts`` between.
+        All prompts before the first and after the last step, ``evaluation.max_prompts`` of each
+        file between.
         Given up without a result when the run is asked to stop.
         """
-        if self._weights is None or self.config.evaluation.data is None:
+        if self._weights is None or not self.config.evaluation.data_files:
             return
 
         is_between = 0 < step < self.config.run.steps
@@ -167,7 +169,7 @@ class Session:
             with suppress(RolloutInterruptedError):
                 result = evaluate_temperature(
                     self._pool,
-                    self._evaluation_prompts[:count],
+                    first_of_each_file(self._evaluation_prompts, count),
                     temperature,
                     self.config.evaluation,
                     self.config.rollout,

@@ -8,7 +8,7 @@ from typing import Any
 
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import ConfigError, ServingConfig, SodConfig, TeacherConfig, serving_field
-from sod_mcore.rollout.teacher import teacher_messages, teacher_model, teacher_models
+from sod_mcore.rollout.teacher import teacher_messages, teacher_model
 from sod_mcore.serving.fleet import Endpoints
 from sod_mcore.trajectory import Prompt
 
@@ -20,12 +20,16 @@ def check_teacher_settings(config: SodConfig) -> None:
         ConfigError: one line, whatever it is.
     """
     teacher, serving = config.teacher, config.serving
-    if not config.needs_teacher or config.run.replay is not None or serving is None:
+    if config.run.replay is not None or serving is None:
+        return
+    if not config.needs_teacher:
+        _check_nobody_is_told(teacher)
         return
     _check_privileged_text(teacher)
     if teacher.weights == "live":
-        _check_live(teacher)
+        _check_live(teacher, serving)
         return
+    _check_used(teacher, serving)
     if serving.teacher is None and not teacher.by_source:
         raise ConfigError(
             "serving.teacher is missing; configure it, or set algorithm.distillation=none"
@@ -49,7 +53,15 @@ def check_teacher_prompts(config: SodConfig, prompts: Iterable[Prompt]) -> None:
     """
     if not config.needs_teacher or config.serving is None:
         return
-    served = teacher_models(config.teacher, config.serving)
+    served = config.serving.models
+    prompts = tuple(prompts)
+    sources = {prompt.data_source for prompt in prompts}
+    for prefix in config.teacher.by_source:
+        if not any(source.startswith(prefix) for source in sources):
+            raise ConfigError(
+                f"teacher.by_source.{prefix}: no training prompt has a data_source that begins so; "
+                f"there are: {', '.join(sorted(sources))}"
+            )
     for prompt in prompts:
         name = teacher_model(config.teacher, prompt.data_source)
         if name not in served:
@@ -79,15 +91,35 @@ def check_teacher_lengths(
         return
     for prompt in prompts:
         model = endpoints.model(teacher_model(config.teacher, prompt.data_source))
-        room = model.context_length - config.rollout.max_response_tokens
+        room = model.longest_input - config.rollout.max_response_tokens
         length = len(renderer.render_prompt(teacher_messages(config.teacher, prompt), tool_schemas))
         if length > room:
             raise ConfigError(
                 f"{serving_field(model.name)}.context_length is {model.context_length}; with what "
                 f"the teacher is told, {prompt.prompt_id} has {length} tokens, and "
                 f"rollout.max_response_tokens={config.rollout.max_response_tokens} leaves {room}: "
-                "raise it, or remove that prompt"
+                "raise it, lower teacher.privileged_max_characters, or remove that prompt"
             )
+
+
+def _check_nobody_is_told(teacher: TeacherConfig) -> None:
+    if teacher.weights != "served" or teacher.privileged != "none":
+        raise ConfigError(
+            f"teacher.weights is {teacher.weights} and teacher.privileged {teacher.privileged}, "
+            "but algorithm.distillation is none, so no teacher is asked; leave the section out, or "
+            "choose a distillation"
+        )
+
+
+def _check_used(teacher: TeacherConfig, serving: ServingConfig) -> None:
+    """Engines that nobody would ask."""
+    named = set(teacher.by_source.values())
+    idle = sorted(serving.teachers.keys() - named)
+    if idle:
+        raise ConfigError(
+            f"serving.teachers.{idle[0]} is served, but teacher.by_source names it for no source; "
+            "name it there, or remove it"
+        )
 
 
 def _check_privileged_text(teacher: TeacherConfig) -> None:
@@ -106,7 +138,7 @@ def _check_privileged_text(teacher: TeacherConfig) -> None:
         )
 
 
-def _check_live(teacher: TeacherConfig) -> None:
+def _check_live(teacher: TeacherConfig, serving: ServingConfig) -> None:
     if teacher.privileged == "none":
         raise ConfigError(
             "teacher.weights is live, but teacher.privileged is none: the student would be its "
@@ -116,6 +148,12 @@ def _check_live(teacher: TeacherConfig) -> None:
         raise ConfigError(
             f"teacher.by_source is {dict(teacher.by_source)}, but teacher.weights is live: the "
             "student's own engines score every source; remove it, or set teacher.weights=served"
+        )
+    idle = sorted(serving.models.keys() - {"student"})
+    if idle:
+        raise ConfigError(
+            f"teacher.weights is live, but {serving_field(idle[0])} is configured, whose engines "
+            f"would idle; set {serving_field(idle[0])}=null, or remove it"
         )
 
 

@@ -33,7 +33,6 @@ from sod_mcore.student.student import Student
 
 PROBE_TOKENS = 64
 KEPT_VERSIONS = 2
-_FOLDER_PREFIXES = {"student": "version", "teacher": "average"}
 
 
 class WeightMismatchError(RuntimeError):
@@ -49,6 +48,8 @@ class WeightSync:
         tolerance: largest difference on the probe, nats.
         directory: holds the newest versions as Hugging Face folders when they travel by disk.
         probe_ids: int32 ``[n]``, the token ids that engine and trainer both score.
+        teacher_follows: the teacher's engines get the average of the weights. Only their version is
+            confirmed: the trainer has no model with the average to score the probe.
     """
 
     student: Student
@@ -58,6 +59,7 @@ class WeightSync:
     directory: Path
     probe_ids: NDArray[np.int32]
     group: dist.ProcessGroup
+    teacher_follows: bool = False
 
     def publish(self, version: int) -> float:
         """Send the current weights as ``version``.
@@ -70,39 +72,39 @@ class WeightSync:
             WeightMismatchError: that difference exceeds the tolerance.
         """
         ours = self._trainer_logprobs()
-        self._send("student", version)
+        self._send(version, averaged=False)
         difference = on_rank_zero(
             lambda: self._check_probe(version, ours), self.group, self._engines_timeout
         )
-        if self.student.average is not None:
-            self._send("teacher", version)
+        if self.teacher_follows:
+            self._send(version, averaged=True)
         return difference
 
-    def _send(self, model: str, version: int) -> None:
+    def _send(self, version: int, *, averaged: bool) -> None:
         """The weights to the student's engines, or their average to the teacher's."""
         if self.serving.weight_sync == "tensor":
-            self._send_tensors(model, version)
+            self._send_tensors(version, averaged)
         else:
-            self._send_folder(model, version)
+            self._send_folder(version, averaged)
 
-    def _send_folder(self, model: str, version: int) -> None:
-        folder = self.directory / _folder_name(model, version)
-        self.student.export_hf(folder, bucket_bytes=self._bucket_bytes, averaged=model == "teacher")
+    def _send_folder(self, version: int, averaged: bool) -> None:
+        folder = self.directory / _folder_name(version, averaged)
+        self.student.export_hf(folder, bucket_bytes=self._bucket_bytes, averaged=averaged)
 
         def load() -> None:
-            self._update_engines(model, DiskTransfer(folder), version)
-            self._delete_other_versions(model, version)
+            self._update_engines(DiskTransfer(folder), version, averaged)
+            self._delete_other_versions(version, averaged)
 
         on_rank_zero(load, self.group, self._engines_timeout)
 
-    def _send_tensors(self, model: str, version: int) -> None:
-        buckets = self.student.hf_tensors(self._bucket_bytes, averaged=model == "teacher")
+    def _send_tensors(self, version: int, averaged: bool) -> None:
+        buckets = self.student.hf_tensors(self._bucket_bytes, averaged=averaged)
         if self.student.layout.rank != 0:
             _consume(buckets)
 
         def load() -> None:
             try:
-                self._update_engines(model, TensorTransfer(buckets), version)
+                self._update_engines(TensorTransfer(buckets), version, averaged)
             finally:
                 # Gathering is collective: when sending fails, the other ranks are still in it.
                 _consume(buckets)
@@ -135,11 +137,13 @@ class WeightSync:
         values = self.student.compute_logprobs([micro_batch if is_first_replica else []])
         return values[0] if values is not None else None
 
-    def _update_engines(self, model: str, transfer: WeightTransfer, version: int) -> None:
+    def _update_engines(self, transfer: WeightTransfer, version: int, averaged: bool) -> None:
         assert self.endpoints is not None
+        model = "teacher" if averaged else "student"
         timeout = self.serving.request_timeout_seconds
-        follows = model != "student"
-        update_weights(self.endpoints, model, transfer, version, timeout, follows_student=follows)
+        update_weights(
+            self.endpoints, model, transfer, version, timeout, follows_student=self.teacher_follows
+        )
 
     def _check_probe(self, version: int, ours: NDArray[np.float32] | None) -> float:
         assert self.endpoints is not None
@@ -155,10 +159,10 @@ class WeightSync:
             )
         return difference
 
-    def _delete_other_versions(self, model: str, version: int) -> None:
+    def _delete_other_versions(self, version: int, averaged: bool) -> None:
         """Keep the newest versions up to this one; later ones are of a run that was given up."""
-        kept = {_folder_name(model, version - age) for age in range(KEPT_VERSIONS)}
-        for folder in self.directory.glob(f"{_FOLDER_PREFIXES[model]}_*"):
+        kept = {_folder_name(version - age, averaged) for age in range(KEPT_VERSIONS)}
+        for folder in self.directory.glob(f"{_folder_prefix(averaged)}_*"):
             if folder.name not in kept:
                 shutil.rmtree(folder)
 
@@ -168,8 +172,12 @@ def _consume(buckets: Iterator[NamedTensors]) -> None:
         pass
 
 
-def _folder_name(model: str, version: int) -> str:
-    return f"{_FOLDER_PREFIXES[model]}_{version:06d}"
+def _folder_name(version: int, averaged: bool) -> str:
+    return f"{_folder_prefix(averaged)}_{version:06d}"
+
+
+def _folder_prefix(averaged: bool) -> str:
+    return "average" if averaged else "version"
 
 
 def probe_token_ids(vocab_size: int, seed: int = 0) -> NDArray[np.int32]:

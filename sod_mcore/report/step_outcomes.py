@@ -19,8 +19,9 @@ StepValues = tuple[Sequence[bool], NDArray[np.float32], NDArray[np.float32]]
 def metrics_by_outcome(rows: Iterable[StepValues]) -> dict[str, float]:
     """Means over all steps of a kind: ``distillation/d_k/<kind>``, ``w_k``, and their number.
 
-    Kinds: "call_succeeded", "call_failed", "no_call" (an answer), by the step's own call; and
-    "after_failure", by whether the call just before it failed. Kinds without a step are left out.
+    Kinds: "call_succeeded", "call_failed", "no_call" (nearly always an answer; also a turn that was
+    cut off, or whose call came too late), by the step's own call; and "after_failure", by whether
+    the call just before it failed. Kinds without a step are left out.
     """
     divergence: dict[str, list[float]] = defaultdict(list)
     weights: dict[str, list[float]] = defaultdict(list)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sod_mcore.chat import ChatRenderer
-from sod_mcore.config import ServingConfig, TeacherConfig
+from sod_mcore.config import TeacherConfig
 from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.scoring import Scores, score
 from sod_mcore.trajectory import Message, Prompt, Trajectory
@@ -37,14 +37,6 @@ def teacher_model(config: TeacherConfig, data_source: str) -> str:
         return "student"
     fitting = [prefix for prefix in config.by_source if data_source.startswith(prefix)]
     return config.by_source[max(fitting, key=len)] if fitting else "teacher"
-
-
-def teacher_models(config: TeacherConfig, serving: ServingConfig) -> set[str]:
-    """Names of all served models that may be asked to score."""
-    if config.weights == "live":
-        return {"student"}
-    default = {"teacher"} if serving.teacher is not None else set()
-    return {*default, *config.by_source.values()}
 
 
 def teacher_messages(config: TeacherConfig, prompt: Prompt) -> tuple[Message, ...]:

@@ -16,6 +16,9 @@ from typing import Any
 
 from sod_mcore.files import write_text
 
+RESERVED_TOKENS = 7
+"""An engine refuses inputs of more than its context length less these."""
+
 
 class FleetError(Exception):
     """The engines cannot be used; the message says why and what mends it."""
@@ -40,6 +43,11 @@ class ModelEndpoints:
     model_path: str
     context_length: int
     vocab_size: int
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens that can be scored at once: SGLang 0.5.23 keeps some of the context for itself."""
+        return self.context_length - RESERVED_TOKENS
 
 
 @dataclass(frozen=True)

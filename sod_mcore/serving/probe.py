@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,8 @@ async def check_routes(
                 )
     for first, second in itertools.combinations(endpoints.models.values(), 2):
         difference = _largest_difference(probes[first.name], probes[second.name])
-        if first.model_path != second.model_path and difference <= tolerance:
+        are_one = Path(first.model_path).resolve() == Path(second.model_path).resolve()
+        if not are_one and difference <= tolerance:
             raise FleetError(
                 f"{first.name} ({first.model_path}) and {second.name} ({second.model_path}) give "
                 "equal scores for the probe: either a route is wrong or both folders hold the same "

@@ -20,6 +20,8 @@ from sod_mcore.serving.scoring import score
 from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError, post_to_all
 
 TRAINED_MODEL = "student"
+FOLLOWING_MODEL = "teacher"
+"""May hold an average of the student's weights."""
 
 
 def update_weights(
@@ -40,21 +42,22 @@ def update_weights(
 
     Args:
         endpoints: the fleet.
-        model: "student", unless ``follows_student``.
+        model: "student"; or "teacher", if ``follows_student``.
         transfer: the way, with the weights.
         version: number of the weights, which each later answer carries.
         timeout: longest wait in seconds for one answer of an engine.
         running_requests: "continue" computes their prefix anew with the new weights and goes on;
             the answer says which version sampled which token. "abort" ends them.
-        follows_student: ``model`` is a teacher that holds an average of the student's weights.
+        follows_student: whether the teacher is an average of the student's weights.
 
     Raises:
         ValueError: ``model`` must not change, or ``version`` is negative.
         WeightUpdateError: the weights are damaged or do not fit, or an engine refused, did not
             answer in time, or reports another version.
     """
-    if model != TRAINED_MODEL and not follows_student:
-        raise ValueError(f"model is {model!r}; only the weights of {TRAINED_MODEL!r} ever change")
+    may_change = (TRAINED_MODEL, FOLLOWING_MODEL) if follows_student else (TRAINED_MODEL,)
+    if model not in may_change:
+        raise ValueError(f"model is {model!r}; only the weights of {may_change} ever change")
     if version < 0:
         raise ValueError(f"version is {version}; versions count from 0")
     transfer.check(endpoints.model(model))

@@ -143,6 +143,8 @@ def _paths(config: SodConfig) -> list[tuple[str, str]]:
         return [*paths, ("run.replay", config.run.replay)]
     paths.append(("data.train", config.data.train))
     paths += [("evaluation.data", path) for path in config.evaluation.data_files]
+    if config.tools.search_documents is not None:
+        paths.append(("tools.search_documents", config.tools.search_documents))
     if config.serving is not None:
         for name, engine in config.serving.models.items():
             paths.append((f"{serving_field(name)}.model_path", f"{engine.model_path}/config.json"))

@@ -1,13 +1,14 @@
 """An exponential average of the student's weights, for a teacher that follows the student slowly.
 
 Each rank averages its own shards, so nothing is communicated until the average is exported, which
-goes the same way as the weights themselves.
+goes the same way as the weights themselves. It takes 4 bytes a parameter on every replica. A bf16
+model's rounded weights are averaged: those that its engines have.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,16 +32,17 @@ class WeightAverage:
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self._model = model
         self._decay = decay
-        self._values: dict[str, Tensor] = {}
+        self._values = {
+            name: torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+            for name, parameter in unwrap(model).named_parameters()
+        }
         self.restart()
 
     @torch.no_grad()
     def restart(self) -> None:
         """Make the current weights the average."""
-        self._values = {
-            name: parameter.detach().to(torch.float32, copy=True)
-            for name, parameter in unwrap(self._model).named_parameters()
-        }
+        for name, parameter in unwrap(self._model).named_parameters():
+            self._values[name].copy_(parameter)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -48,12 +50,11 @@ class WeightAverage:
         for name, parameter in unwrap(self._model).named_parameters():
             self._values[name].lerp_(parameter.float(), 1.0 - self._decay)
 
-    def parameters(self) -> dict[str, Tensor]:
-        """The average by the model's parameter names, in the model's dtype."""
-        return {
-            name: self._values[name].to(parameter.dtype)
-            for name, parameter in unwrap(self._model).named_parameters()
-        }
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The average by the model's parameter names, in the model's dtype; each is converted when
+        it is asked for."""
+        dtype = next(unwrap(self._model).parameters()).dtype
+        return _Converted(self._values, dtype)
 
     def sharded_state(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint keeps: the model's sharded tensors with the average's values."""
@@ -65,6 +66,23 @@ class WeightAverage:
         """Continue from what :meth:`sharded_state` became when it was loaded."""
         for name, value in self._values.items():
             value.copy_(state[name])
+
+
+class _Converted(Mapping[str, Tensor]):
+    """Tensors in another dtype, one at a time."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._tensors = tensors
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _with_data(place: ShardedTensor | ShardedTensorFactory, data: Tensor) -> Any:

@@ -87,7 +87,8 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
         the ``progress`` it was saved with, or None if there is no checkpoint.
 
     Raises:
-        ConfigError: it was saved by another kind of optimizer, or a file of it is damaged.
+        ConfigError: it was saved by another kind of optimizer or without the average that this
+            run needs, or a file of it is damaged.
     """
     on_rank_zero(lambda: _remove_unfinished(directory), state.layout.world_group)
     newest = (_newest_complete(directory),) if state.layout.rank == 0 else None
@@ -97,6 +98,12 @@ def load_newest(state: TrainingState, directory: Path) -> dict[str, Any] | None:
     folder = directory / name
     header = json.loads((folder / PROGRESS).read_text())
     _check_optimizer(header, _optimizer_header(state), folder)
+    if state.average is not None and not header.get("has_average", False):
+        raise ConfigError(
+            f"teacher.weights is average, but {folder} holds no average: it was saved by a run "
+            "without one; set teacher.weights back, or start from an exported folder in another "
+            "run.directory"
+        )
     initialize_adam_state(state.optimizer)
     loaded = _read_tensors(state, folder)
     load_parameters(state.model, loaded["model"])
@@ -176,6 +183,7 @@ def _complete(
         "schedule_steps": state.schedule.num_steps,
         "layout": _layout_header(state.layout),
         "optimizer": _optimizer_header(state),
+        "has_average": state.average is not None,
     }
     (temporary / PROGRESS).write_text(json.dumps(header, indent=2) + "\n")
     replace_folder(temporary, final)
@@ -220,19 +228,18 @@ def _optimizer_header(state: TrainingState) -> dict[str, Any]:
     return {
         "optimizer.distributed": state.model.ddp_config.use_distributed_optimizer,
         "student.precision": "bf16" if is_bf16 else "fp32",
-        "teacher.weights=average": state.average is not None,
     }
 
 
 def _check_optimizer(
     header: Mapping[str, Any], configured: Mapping[str, Any], folder: Path
 ) -> None:
-    saved = header.get("optimizer", {})  # earlier versions did not write all of it
+    saved = header.get("optimizer", configured)  # earlier versions did not write it
     for name, value in configured.items():
-        if saved.get(name, value) != value:
+        if saved[name] != value:
             raise ConfigError(
                 f"{name} is {json.dumps(value)}, but {folder} was saved with "
-                f"{json.dumps(saved[name])}, and its state fits nothing else; set {name} "
+                f"{json.dumps(saved[name])}, and its optimizer state fits nothing else; set {name} "
                 "back, or start from an exported folder in another run.directory"
             )
 

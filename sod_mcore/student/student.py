@@ -174,7 +174,7 @@ class Student:
     def hf_tensors(self, bucket_bytes: int, *, averaged: bool = False) -> Iterator[NamedTensors]:
         """The weights, or their average, under Hugging Face names; :func:`iterate_hf_tensors`."""
         self._wait_for_parameters()
-        parameters = self.average.parameters() if averaged and self.average else None
+        parameters = self._averaged_parameters() if averaged else None
         return iterate_hf_tensors(
             unwrap(self.model), self.architecture, self.layout, bucket_bytes, parameters
         )
@@ -217,6 +217,11 @@ class Student:
         return checkpoint.TrainingState(
             self.model, self.optimizer, self.schedule, self.layout, self.average
         )
+
+    def _averaged_parameters(self) -> Mapping[str, torch.Tensor]:
+        if self.average is None:
+            raise ValueError("this student keeps no average of its weights; give average_decay")
+        return self.average.parameters()
 
     def _wait_for_parameters(self) -> None:
         """With overlapped gathering, weights are stale until the next forward pass needs them."""

@@ -13,8 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
+from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import ConfigError, SodConfig
 from sod_mcore.loop.preflight import check_before_launch
+from sod_mcore.loop.run_prompts import first_of_each_file, read_run_prompts
+from sod_mcore.loop.teacher_checks import check_teacher_lengths
+from sod_mcore.rollout.teacher import teacher_messages
+from sod_mcore.serving.fleet import RESERVED_TOKENS, Endpoints, ModelEndpoints
+from sod_mcore.trajectory import Prompt
+from tests.end_to_end.programs import REPOSITORY
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -175,12 +182,61 @@ def test_no_engines_and_no_replay(tree: dict[str, Any]) -> None:
             "teacher.privileged_text is '{ground_truth}'; it must hold {hint}",
         ),
         ({"privileged": "hint"}, "train/0: extra_info.hint is None"),
+        ({"by_source": {"math_": "teacher"}}, "teacher.by_source.math_: no training prompt has"),
+        (
+            {"weights": "live", "privileged": "ground_truth"},
+            "teacher.weights is live, but serving.teacher is configured, whose",
+        ),
     ],
 )
 def test_teachers_that_cannot_teach(
     tree: dict[str, Any], teacher: dict[str, Any], expected: str
 ) -> None:
     assert expected in problem(tree, teacher=teacher)
+
+
+@pytest.mark.parametrize("teacher", [{"weights": "average"}, {"privileged": "ground_truth"}])
+def test_a_teacher_whom_nobody_asks(tree: dict[str, Any], teacher: dict[str, Any]) -> None:
+    tree["algorithm"]["distillation"] = "none"
+    assert "so no teacher is asked" in problem(tree, teacher=teacher)
+
+
+def test_engines_that_nobody_asks(tree: dict[str, Any]) -> None:
+    serving = {**tree["serving"], "teachers": {"coder": tree["serving"]["teacher"]}}
+    assert "serving.teachers.coder is served, but" in problem(tree, serving=serving)
+
+
+def test_more_than_the_teachers_engine_takes(tree: dict[str, Any], tmp_path: Path) -> None:
+    """The prompt that the teacher is told more in, measured with a real tokenizer."""
+    folder = REPOSITORY / "examples" / "arithmetic" / "teacher"
+    config = TypeAdapter(SodConfig).validate_python(
+        {
+            **tree,
+            "teacher": {"privileged": "ground_truth", "privileged_text": " = {ground_truth}"},
+            "rollout": {"max_response_tokens": 100},
+        }
+    )
+    asked = read_run_prompts(config).train
+    renderer = ChatRenderer.from_folder(folder)
+    longest = max(
+        len(renderer.render_prompt(teacher_messages(config.teacher, p), [])) for p in asked
+    )
+
+    def check(context_length: int) -> None:
+        model = ModelEndpoints("teacher", "", (), "", context_length, 300)
+        endpoints = Endpoints("", {"teacher": model}, 1, 1, "")
+        check_teacher_lengths(config, endpoints, renderer, [], asked)
+
+    check(longest + 100 + RESERVED_TOKENS)
+    with pytest.raises(ConfigError, match=f"train/0 has {longest} tokens.*privileged_max_char"):
+        check(longest + 100 + RESERVED_TOKENS - 1)
+
+
+def test_the_first_prompts_of_each_file() -> None:
+    names = ["a/0", "a/1", "a/2", "b/0", "b/1"]
+    asked = [Prompt((), "", "", name) for name in names]
+    assert [p.prompt_id for p in first_of_each_file(asked, 2)] == ["a/0", "a/1", "b/0", "b/1"]
+    assert first_of_each_file(asked, None) == asked
 
 
 def test_a_source_without_a_teacher(tree: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ ONE_RANK = (
     Case("train", "tied", ("train", "empty")),
     Case("train_untied", "untied", ("train",)),
     Case("resume_tied", "tied", ("resume",)),
+    Case("bf16_average", "tied", ("average", "refuse_average"), precision="bf16"),
 )
 TWO_RANKS = (
     Case("tp2", "tied", (*GRADIENTS, "round_trip"), tensor=2),

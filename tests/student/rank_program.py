@@ -11,6 +11,8 @@ Actions of a case, in any order; each leaves its result under its own name:
 - ``load_checkpoint``: log-probs after loading what ``resume`` of another case has written.
 - ``average``: the weights before and after each of three updates, and their average at the end,
   also of a student that was built anew before the third.
+- ``refuse_average``: what is said when a checkpoint without an average is to continue with one, and
+  whether one with an average continues without.
 - ``load_average``: that average, of a layout that loads the checkpoint of ``average``.
 - ``train``: losses and weights of three cross-entropy updates.
 - ``empty``: the result of a mini-batch in which no token carries loss.
@@ -31,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sod_mcore.config import OptimizerConfig, StudentConfig
+from sod_mcore.config import ConfigError, OptimizerConfig, StudentConfig
 from sod_mcore.ops import Objective
 from sod_mcore.student.exchange import broadcast_from_rank0, gather_to_rank0
 from sod_mcore.student.model_config import check_layout
@@ -211,6 +213,17 @@ class Runner:
         self.student.load_checkpoint(directory)
         self.update(self.student, 2)
         return {"resumed": self.weights(averaged=True)}
+
+    def refuse_average(self) -> dict[str, Any]:
+        without, average = self.folder / "without_average", self.folder / "with_average"
+        self.build().save_checkpoint(without, 1, {})
+        self.student.save_checkpoint(average, 1, {"note": "kept"})
+        try:
+            self.student.load_checkpoint(without)
+            refusal = ""
+        except ConfigError as error:
+            refusal = str(error)
+        return {"refusal": refusal, "progress": self.build().load_checkpoint(average)}
 
     def train(self) -> dict[str, Any]:
         results = [self.student.train_sft_mini_batch(self.micro_batches) for _ in range(3)]

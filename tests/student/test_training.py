@@ -152,3 +152,17 @@ def test_the_average_continues_on_another_layout(two_ranks: Results) -> None:
     # Adam turns rounding noise of tiny gradients into steps of up to the learning rate, a quarter
     # of which enters the average.
     assert largest_difference(resumed, straight) < 1e-4
+
+
+def test_a_bf16_average_is_that_of_the_rounded_weights(one_rank: Results) -> None:
+    result = one_rank["bf16_average"]["average"]
+    for name, expected in expected_average(result["history"]).items():
+        torch.testing.assert_close(result["straight"][name].float(), expected, rtol=4e-3, atol=1e-6)
+        assert torch.equal(result["resumed"][name], result["straight"][name]), name
+
+
+def test_checkpoints_with_and_without_an_average(one_rank: Results) -> None:
+    result = one_rank["bf16_average"]["refuse_average"]
+    assert "teacher.weights is average, but" in result["refusal"]
+    assert "holds no average" in result["refusal"]
+    assert result["progress"] == {"note": "kept"}

@@ -41,7 +41,7 @@ def iterate_hf_tensors(
         on global rank 0, the next tensors in the model's dtype on its device, not yet in use by the
         model; empty lists, as many, on all other ranks.
     """
-    parameters = parameters or dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) if parameters is None else parameters
     bucket: NamedTensors = []
     size = 0
     for stage in range(layout.pipeline_parallel_size):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sod_mcore.config import EvalConfig, SftConfig, SodConfig
+from sod_mcore.config import EvalConfig, SftConfig, SodConfig, TopKConfig
 from sod_mcore.config_file import load_config
 from sod_mcore.loop.preflight import check_settings
 from tests.end_to_end.programs import REPOSITORY
@@ -29,11 +29,7 @@ def name(path: Path) -> str:
 
 
 def load(path: Path) -> SodConfig:
-    """The recipe; as ``run_sod.sh`` does, the teacher of OPSD is the student."""
-    is_own_teacher = path.stem.startswith("opsd")
-    return load_config(
-        SodConfig, path, ["serving.teacher.model_path=models/student"] if is_own_teacher else []
-    )
+    return load_config(SodConfig, path)
 
 
 def test_there_is_no_other_recipe() -> None:
@@ -49,8 +45,10 @@ def test_a_recipe_can_be_run(path: Path) -> None:
     assert config.run.directory == f"runs/qwen3/{path.parent.name}/{path.stem}"
     assert config.serving is not None
     taken = [gpu for engine in config.serving.models.values() for gpu in engine.gpus]
-    assert sorted(taken + list(range(4)))[:8] == list(range(8)) or path.stem == "grpo"
-    assert len(taken) == len(set(taken))
+    ranks = range(4)
+    is_full = "teacher" in config.serving.models or path.stem == "teacher_grpo"
+    assert sorted([*taken, *ranks]) == list(range(8 if is_full else 6))
+    assert config.rollout.concurrency <= config.serving.max_connections
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for engine in config.serving.models.values():
         assert engine.context_length is not None
@@ -97,8 +95,13 @@ def test_the_published_constants() -> None:
 def test_self_distillation(row: str, privileged: str) -> None:
     config = load(QWEN3 / "0.6b" / f"{row}.yaml")
     assert config.teacher.privileged == privileged
-    assert config.algorithm.grpo_coefficient == 0.0
-    assert config.needs_teacher
+    algorithm = config.algorithm
+    assert (algorithm.grpo_coefficient, algorithm.weighting) == (0.0, "uniform")
+    assert algorithm.distillation == "topk_loss"
+    assert algorithm.topk == TopKConfig(k=64, divergence="jsd", jsd_beta=0.5)
+    assert config.serving is not None
+    assert config.serving.teacher is not None
+    assert config.serving.teacher.model_path == config.student.model_path
 
 
 @pytest.mark.parametrize("size", ["0.6b", "1.7b"])

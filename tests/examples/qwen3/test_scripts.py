@@ -119,6 +119,19 @@ def test_a_missing_variable_is_named(run: Run, missing: str) -> None:
     assert problem.startswith(f"error: {missing} is not set; it must be ")
 
 
+def test_the_teacher(run: Run) -> None:
+    command, _ = run("run_sod.sh", METHOD="teacher_grpo", SIZE="4b", **PATHS)
+    assert command[3] == "examples/qwen3/4b/teacher_grpo.yaml"
+    assert not any("serving.teacher" in argument for argument in command)
+
+
+@pytest.mark.parametrize("method", ["sft", "vanilla"])
+def test_a_row_without_rollouts_in_training(run: Run, method: str) -> None:
+    command, problem = run("run_sod.sh", METHOD=method, **PATHS)
+    assert not command
+    assert problem.startswith(f"error: METHOD is {method}, which has no rollouts")
+
+
 @pytest.mark.parametrize(("variable", "value"), [("METHOD", "ppo"), ("SIZE", "7b")])
 def test_a_recipe_that_does_not_exist(run: Run, variable: str, value: str) -> None:
     command, problem = run("run_sod.sh", **PATHS, **{variable: value})
