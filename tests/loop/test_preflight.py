@@ -239,19 +239,30 @@ def test_the_first_prompts_of_each_file() -> None:
     assert first_of_each_file(asked, None) == asked
 
 
-def test_a_source_without_a_teacher(tree: dict[str, Any]) -> None:
-    serving = {
-        **tree["serving"],
-        "teachers": {"coder": tree["serving"]["teacher"]},
-        "teacher": None,
-    }
-    found = problem(tree, serving=serving, teacher={"by_source": {"train-code-": "coder"}})
-    assert "data_source 'reasoning_gym' of train/0 has no teacher" in found
+def test_a_source_without_a_teacher(tree: dict[str, Any], tmp_path: Path) -> None:
+    both = tmp_path / "both.parquet"
+    files = [
+        prompts(tmp_path / "code.parquet", ["5+5?"], data_source="reasoning_gym_code"),
+        prompts(tmp_path / "sums.parquet", ["6+6?"]),
+    ]
+    pq.write_table(pa.concat_tables(map(pq.read_table, files)), both)
+    teachers = {"coder": tree["serving"]["teacher"]}
+    found = problem(
+        tree,
+        data__train=str(both),
+        serving={**tree["serving"], "teachers": teachers, "teacher": None},
+        teacher={"by_source": {"reasoning_gym_code": "coder"}},
+    )
+    assert "data_source 'reasoning_gym' of both/1 has no teacher" in found
 
 
 def test_a_further_teacher_has_the_same_tokenizer(tree: dict[str, Any], tmp_path: Path) -> None:
     other = {"model_path": str(model_folder(tmp_path / "coder", ["a", "c"]))}
-    found = problem(tree, serving={**tree["serving"], "teachers": {"coder": other}})
+    found = problem(
+        tree,
+        serving={**tree["serving"], "teachers": {"coder": other}},
+        teacher={"by_source": {"reasoning": "coder"}},
+    )
     assert "serving.teachers.coder.model_path is" in found
     assert "tokenizer differs" in found
 
