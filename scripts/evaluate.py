@@ -1,10 +1,11 @@
-"""Evaluate a Hugging Face folder on the running engines, with the rollouts of training.
+"""Evaluate a Hugging Face folder on a training run's engines, as the run itself evaluates.
 
     python scripts/evaluate.py CONFIG --weights FOLDER --output FILE [key=value ...]
 
 The engines must run (python -m sod_mcore.serving CONFIG). The weights are loaded into the student's
-engines first and stay there. Settings are those of
-``pretrain_sod.py``; ``tools.enabled=false`` shows what the student solves without its tool.
+engines first and stay there. Settings are those of ``pretrain_sod.py``; ``tools.enabled=false``
+shows what the student solves without its tool. To measure a model on benchmarks, with many samples
+and a restart: ``python -m sod_mcore.evaluation``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 
 from sod_mcore.config import ConfigError, SodConfig
 from sod_mcore.config_file import fail, load_config
+from sod_mcore.data.errors import DataError
 from sod_mcore.data.overlap import OverlapError
-from sod_mcore.data.parquet import DataError
-from sod_mcore.data.prompts import read_prompts
 from sod_mcore.evaluation.evaluate import evaluate_temperature
 from sod_mcore.files import write_text
-from sod_mcore.loop.preflight import check_data, live_endpoints
-from sod_mcore.loop.session import pool_settings
+from sod_mcore.loop.opening import pool_settings
+from sod_mcore.loop.preflight import live_endpoints
+from sod_mcore.loop.run_prompts import read_run_prompts
 from sod_mcore.rollout.pool import RolloutError, RolloutPool
 from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.disk_transfer import DiskTransfer
@@ -60,18 +61,17 @@ def evaluate_folder(config: SodConfig, weights: Path) -> dict[str, float]:
         EngineError, FleetError, WeightUpdateError: the engines cannot be used.
         RolloutError: the rollouts failed.
     """
-    if config.evaluation.data is None or config.serving is None:
+    if not config.evaluation.data_files or config.serving is None:
         raise ConfigError("evaluation.data and serving must be set to evaluate")
-    check_data(config)
+    prompts = read_run_prompts(config)
     endpoints = live_endpoints(config)
     timeout = config.serving.request_timeout_seconds
     update_weights(endpoints, "student", DiskTransfer(weights), VERSION, timeout)
-    prompts = read_prompts(Path(config.evaluation.data))
-    with RolloutPool(pool_settings(config)) as pool:
+    with RolloutPool(pool_settings(config, prompts.sources)) as pool:
         results = [
             evaluate_temperature(
                 pool,
-                prompts,
+                prompts.evaluation,
                 temperature,
                 config.evaluation,
                 config.rollout,

@@ -16,7 +16,7 @@ import yaml
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from sod_mcore.config import SftConfig, SodConfig
+from sod_mcore.config import EvalConfig, SftConfig, SodConfig
 
 WIDTH = 100
 REQUIRED = "???"
@@ -101,7 +101,7 @@ def reference(section: type) -> str:
 def reference_file() -> str:
     """The content of ``docs/config_reference.yaml``: one document for each entry point."""
     head = "".join(f"# {line}\n" for line in _REFERENCE_HEAD.splitlines())
-    return f"{head}---\n{reference(SodConfig)}---\n{reference(SftConfig)}"
+    return head + "".join(f"---\n{reference(tree)}" for tree in (SodConfig, SftConfig, EvalConfig))
 
 
 def _nested_section(info: FieldInfo) -> type | None:

@@ -1,1 +1,1 @@
-"""How good the student is on held-out problems, through the same rollouts as in training."""
+"""How good a model is on held-out problems, through the same rollouts as in training."""

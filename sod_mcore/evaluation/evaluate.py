@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from sod_mcore.config import EvaluationConfig, RolloutConfig
+from sod_mcore.evaluation.statistics import Outcomes, average_at_n, pass_at
 from sod_mcore.rollout.batch import RolloutRequest
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.pool import RolloutPool, check_losses
@@ -24,6 +27,8 @@ class EvaluationResult:
         tool_calls: mean tool calls a trajectory.
         num_trajectories: trajectories behind these numbers.
         num_dropped: trajectories lost to infrastructure.
+        repeated: where problems have several samples, what these tell: "standard_error", of the
+            accuracy over problems, and "pass_at_<n>", unbiased.
     """
 
     temperature: float
@@ -33,6 +38,7 @@ class EvaluationResult:
     tool_calls: float
     num_trajectories: int
     num_dropped: int
+    repeated: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Flat metrics, named after the temperature."""
@@ -42,6 +48,7 @@ class EvaluationResult:
             f"{prefix}/failed_call_share": self.failed_call_share,
             f"{prefix}/tool_calls": self.tool_calls,
             f"{prefix}/num_trajectories": float(self.num_trajectories),
+            **{f"{prefix}/{name}": value for name, value in self.repeated.items()},
             **{
                 f"{prefix}/accuracy/{source}": accuracy
                 for source, accuracy in self.accuracy_by_source.items()
@@ -96,7 +103,23 @@ def summarise(
         tool_calls=_mean([len(t.tool_succeeded) for t in trajectories]),
         num_trajectories=len(trajectories),
         num_dropped=num_dropped,
+        repeated=_repeated(trajectories),
     )
+
+
+def _repeated(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Nothing for one sample a problem; pass@n is over the problems of which no sample is lost."""
+    groups: dict[str, list[bool]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.group_id, []).append(trajectory.is_correct)
+    outcomes: Outcomes = [np.array(group, dtype=bool) for group in groups.values()]
+    samples = max((group.size for group in outcomes), default=0)
+    if samples < 2:
+        return {}
+    repeated = {f"pass_at_{samples}": pass_at(outcomes, samples).value}
+    if len(outcomes) > 1:
+        repeated["standard_error"] = average_at_n(outcomes).standard_error
+    return repeated
 
 
 def _mean(values: Sequence[float]) -> float:
