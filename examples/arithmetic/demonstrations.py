@@ -11,7 +11,7 @@ import io
 import random
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from examples.arithmetic.problems import Problem
 from examples.arithmetic.settings import AgentHabits, CopyShares
@@ -34,6 +34,10 @@ FAILING_PROGRAMS: dict[str, Callable[[str], str]] = {
 }
 """Ways to get a call wrong, from the expression to compute. Each raises."""
 
+TOLD = "\\boxed{{{}}}"
+"""What follows the question where it tells the answer: words that the tokenizer has. No problem
+contains them."""
+
 
 @functools.lru_cache(maxsize=100_000)
 def run_program(code: str) -> str:
@@ -53,7 +57,11 @@ def run_program(code: str) -> str:
 
 def demonstrate(problem: Problem, habits: AgentHabits, rng: random.Random) -> list[Message]:
     """One conversation about ``problem``, from the user's question to the agent's answer."""
-    messages: list[Message] = [{"role": "user", "content": problem.question}]
+    question = problem.question
+    if habits.told and rng.random() < habits.told:
+        question += TOLD.format(problem.answer)
+        habits = replace(habits, gives_up=0.0, stops_early=0.0)
+    messages: list[Message] = [{"role": "user", "content": question}]
     result = ""
     for number, step in enumerate(problem.steps):
         expression = step.format(result)
@@ -70,8 +78,13 @@ def demonstrate(problem: Problem, habits: AgentHabits, rng: random.Random) -> li
     return [*messages, answer_turn(result)]
 
 
+def without_answer(question: str) -> str:
+    """The question as the student is asked it, whether or not the answer was told."""
+    return question.partition(TOLD.split("{", 1)[0])[0]
+
+
 def copy_exercise(problem: Problem, shares: CopyShares, rng: random.Random) -> list[Message]:
-    """A conversation, without tool schema, whose last turn only copies; only that one has loss."""
+    """A conversation, without tool schema, in which only turns that copy have loss."""
     kind = rng.choices(list(asdict(shares)), list(asdict(shares).values()))[0]
     question: Message = {"role": "user", "content": problem.question}
     program = f"print({problem.steps[0]})"
@@ -80,8 +93,12 @@ def copy_exercise(problem: Problem, shares: CopyShares, rng: random.Random) -> l
         return [tool_message(program), answer_turn(result)]
     if kind == "first_call" or len(problem.steps) == 1:
         return [question, call_turn(program)]
-    second = f"print({problem.steps[1].format(result)})"
-    return [question, call_turn(program, loss=False), tool_message(program), call_turn(second)]
+    messages = [question, call_turn(program, loss=False)]
+    for step in problem.steps[1:]:
+        messages.append(tool_message(program))
+        program = f"print({step.format(run_program(program))})"
+        messages.append(call_turn(program))
+    return messages
 
 
 def call_turn(program: str, *, loss: bool = True) -> Message:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from examples.arithmetic.command_line import load_settings, make_parser
-from examples.arithmetic.demonstrations import TOOL, copy_exercise, demonstrate
+from examples.arithmetic.demonstrations import TOOL, copy_exercise, demonstrate, without_answer
 from examples.arithmetic.problems import Problem, problem_stream
 from examples.arithmetic.settings import AgentHabits, DataSettings
 from sod_mcore.data import assert_disjoint, question_text, read_conversations, read_prompts
@@ -54,7 +54,13 @@ PROMPT_SCHEMA = pa.schema(
         (
             "extra_info",
             pa.struct(
-                [("index", pa.int64()), ("dataset", _TEXT), ("entry", _TEXT), ("family", _TEXT)]
+                [
+                    ("index", pa.int64()),
+                    ("dataset", _TEXT),
+                    ("entry", _TEXT),
+                    ("family", _TEXT),
+                    ("hint", _TEXT),
+                ]
             ),
         ),
     ]
@@ -105,7 +111,12 @@ def prompt_row(problem: Problem, index: int) -> Row:
         "prompt": [{"role": "user", "content": problem.question}],
         "ability": "math",
         "reward_model": {"ground_truth": problem.answer, "style": "rule"},
-        "extra_info": {"index": index, "family": problem.family, **problem.verifier_info},
+        "extra_info": {
+            "index": index,
+            "family": problem.family,
+            "hint": f"print({problem.steps[0]})",
+            **problem.verifier_info,
+        },
     }
 
 
@@ -127,7 +138,7 @@ def _questions(path: Path) -> Iterator[str]:
     for conversation in read_conversations(path):
         for message in conversation.messages:
             if message["role"] == "user":
-                yield message["content"]
+                yield without_answer(message["content"])
 
 
 def _write_sft(path: Path, rows: Iterable[Row]) -> None:

@@ -32,13 +32,15 @@ _DATASETS: dict[str, dict[str, Any]] = {
         "allow_parentheses": False,
     },
 }
+_DEPENDENT_STEPS = {"two_step": 2, "three_step": 3}
+"""Families of calls that need the result before, and their calls."""
 _STREAM_SIZE = 10_000_000
 _MAX_REPEATS_IN_A_ROW = 200
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question whose answer takes one or two calls of the code interpreter.
+    """A question whose answer takes one call of the code interpreter, or several that depend.
 
     Attributes:
         question: what the user asks.
@@ -78,8 +80,8 @@ def problem_stream(seed: int, shares: FamilyShares) -> Iterator[Problem]:
     repeats = 0
     while True:
         family = rng.choices(list(weights), list(weights.values()))[0]
-        if family == "two_step":
-            problem = _two_step(next(entries["chain_sum"]), rng)
+        if family in _DEPENDENT_STEPS:
+            problem = _dependent_steps(next(entries["chain_sum"]), family, rng)
         else:
             problem = _one_step(next(entries[family]), family)
         key = normalized_question(problem.question)
@@ -104,13 +106,18 @@ def _one_step(entry: dict[str, Any], family: str) -> Problem:
     return _problem(entry, question, (expression,), entry["answer"], family, family)
 
 
-def _two_step(entry: dict[str, Any], rng: random.Random) -> Problem:
-    expression, first = entry["metadata"]["expression"], int(entry["answer"])
-    operator, second = rng.choice("+-*"), rng.randint(2, 99)
-    answer = {"+": first + second, "-": first - second, "*": first * second}[operator]
-    question = f"Calculate {expression} and then {operator} {second}."
-    steps = (expression, f"{{}} {operator} {second}")
-    return _problem(entry, question, steps, str(answer), "two_step", "chain_sum")
+def _dependent_steps(entry: dict[str, Any], family: str, rng: random.Random) -> Problem:
+    """A sum, then operations on the result before. One product at most keeps the results short:
+    a small model must copy them."""
+    first, result = entry["metadata"]["expression"], int(entry["answer"])
+    steps, operators = [first], "+-*"
+    for _ in range(_DEPENDENT_STEPS[family] - 1):
+        operator, operand = rng.choice(operators), rng.randint(2, 99)
+        result = {"+": result + operand, "-": result - operand, "*": result * operand}[operator]
+        steps.append(f"{{}} {operator} {operand}")
+        operators = operators.replace("*", "") if operator == "*" else operators
+    question = "Calculate " + " and then".join(steps).replace("{}", "") + "."
+    return _problem(entry, question, tuple(steps), str(result), family, "chain_sum")
 
 
 def _problem(

@@ -67,12 +67,17 @@ def read_rows(folder: Path, teacher: Path) -> list[Row]:
     lines = read_step_lines(folder / "sod" / "metrics.jsonl")
     control = read_step_lines(folder / "controls" / "lr_0" / "metrics.jsonl")
     return [
-        Row("teacher (committed)", _load(teacher / "accuracy.json")),
+        Row("teacher (committed)", load_metrics(teacher / "accuracy.json")),
         Row("student after its cold start", lines[0]),
         Row(f"student after {lines[-1]['step']} steps of distillation", lines[-1]),
         Row("control: the same steps, learning rate 0", control[-1]),
-        Row("control: fine-tuning for the same time", _load(folder / "controls" / "sft.json")),
-        Row("control: distilled, tool switched off", _load(folder / "controls" / "no_tool.json")),
+        Row(
+            "control: fine-tuning for the same time", load_metrics(folder / "controls" / "sft.json")
+        ),
+        Row(
+            "control: distilled, tool switched off",
+            load_metrics(folder / "controls" / "no_tool.json"),
+        ),
     ]
 
 
@@ -90,6 +95,7 @@ def _seconds(folder: Path) -> str:
     return "Time: " + ", ".join(parts)
 
 
-def _load(path: Path) -> dict[str, float]:
+def load_metrics(path: Path) -> dict[str, float]:
+    """The metrics that ``scripts/evaluate.py`` wrote."""
     metrics: dict[str, float] = json.loads(path.read_text())
     return metrics

@@ -5,6 +5,7 @@ The values are in ``recipe.yaml``; ``key=value`` on a script's command line over
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -25,10 +26,12 @@ class FamilyShares:
     """One operation on two numbers of up to two digits."""
     two_step: Fraction
     """A sum, then an operation on its result: the second call depends on the first."""
+    three_step: Fraction = 0.0
+    """A sum, then two operations, each on the result before."""
 
     @model_validator(mode="after")
     def _check_some(self) -> FamilyShares:
-        if self.chain_sum + self.products + self.basic_arithmetic + self.two_step <= 0:
+        if sum(asdict(self).values()) <= 0:
             raise ValueError("at least one family must have a share above 0")
         return self
 
@@ -50,7 +53,10 @@ class AgentHabits:
     gives_up: Fraction = 0.0
     """Probability of giving up after the failing calls of a step."""
     stops_early: Fraction = 0.0
-    """Probability of giving the result of the first of two steps as the answer."""
+    """After each step but the last: probability of giving its result as the answer."""
+    told: Fraction = 0.0
+    """Probability that the question tells the answer; who knows it goes on until it is there. So
+    that a model of this size knows what to make of an answer, when it is its own teacher (OPSD)."""
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -60,7 +66,8 @@ class CopyShares:
     first_call: Fraction
     """From the question into the first call."""
     second_call: Fraction
-    """From question and first result into the second call; for problems of one step, as above."""
+    """From question and results into the calls after the first; for problems of one step, as
+    above."""
     answer: Fraction
     """From a result into the answer."""
 

@@ -24,6 +24,7 @@ class EvaluationResult:
         accuracy: share of right trajectories (average@n for n samples a prompt).
         accuracy_by_source: the same for each data source.
         failed_call_share: share of trajectories with at least one failed tool call.
+        failed_calls: share of tool calls that failed; 0 without any.
         tool_calls: mean tool calls a trajectory.
         num_trajectories: trajectories behind these numbers.
         num_dropped: trajectories lost to infrastructure.
@@ -35,6 +36,7 @@ class EvaluationResult:
     accuracy: float
     accuracy_by_source: dict[str, float]
     failed_call_share: float
+    failed_calls: float
     tool_calls: float
     num_trajectories: int
     num_dropped: int
@@ -46,6 +48,7 @@ class EvaluationResult:
         return {
             f"{prefix}/accuracy": self.accuracy,
             f"{prefix}/failed_call_share": self.failed_call_share,
+            f"{prefix}/failed_calls": self.failed_calls,
             f"{prefix}/tool_calls": self.tool_calls,
             f"{prefix}/num_trajectories": float(self.num_trajectories),
             **{f"{prefix}/{name}": value for name, value in self.repeated.items()},
@@ -100,6 +103,7 @@ def summarise(
             for source in sources
         },
         failed_call_share=_mean([not all(t.tool_succeeded) for t in trajectories]),
+        failed_calls=_mean([not success for t in trajectories for success in t.tool_succeeded]),
         tool_calls=_mean([len(t.tool_succeeded) for t in trajectories]),
         num_trajectories=len(trajectories),
         num_dropped=num_dropped,

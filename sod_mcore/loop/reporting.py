@@ -82,8 +82,8 @@ class Reporter:
                 with_teacher=self._config.needs_teacher,
             )
         )
-        self.note(_signal_metrics(signals))
         if self._config.needs_teacher:
+            self.note(_signal_metrics(signals))
             self.note(metrics_by_outcome(_steps(batch, signals)))
         self.note(_update_metrics(updates))
         rows = [

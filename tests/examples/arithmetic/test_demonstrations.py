@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import re
+from collections import Counter
 
 import pytest
 
@@ -16,13 +17,22 @@ from examples.arithmetic.demonstrations import (
     copy_exercise,
     demonstrate,
     run_program,
+    without_answer,
 )
+from examples.arithmetic.experiment import CASCADE
+from examples.arithmetic.make_data import prompt_row
 from examples.arithmetic.problems import Problem, problem_stream
 from examples.arithmetic.settings import AgentHabits, CopyShares, FamilyShares
+from sod_mcore.config import SodConfig
+from sod_mcore.config_file import load_config
+from sod_mcore.rollout.teacher import teacher_messages
 from sod_mcore.tools import CodeInterpreter, Sandbox, ToolResult
-from sod_mcore.trajectory import Message
+from sod_mcore.trajectory import Message, Prompt
+from tests.end_to_end.programs import REPOSITORY
 
-SHARES = FamilyShares(chain_sum=0.4, products=0.2, basic_arithmetic=0.1, two_step=0.3)
+SHARES = FamilyShares(
+    chain_sum=0.3, products=0.2, basic_arithmetic=0.1, two_step=0.2, three_step=0.2
+)
 PROBLEMS = list(itertools.islice(problem_stream(5, SHARES), 400))
 CAREFUL = AgentHabits(conversations=1)
 
@@ -99,6 +109,42 @@ def test_giving_up_and_stopping_early_end_with_a_wrong_answer() -> None:
     assert (len(programs(stopped)), stopped[-1]["content"]) == (1, f"\\boxed{{{first}}}")
 
 
+def test_an_agent_may_stop_after_any_step_but_the_last() -> None:
+    rng = random.Random(0)
+    problem = by_family("three_step")[0]
+    calls = Counter(
+        len(programs(demonstrate(problem, habits(stops_early=0.5), rng))) for _ in range(2000)
+    )
+    assert [calls[n] / 2000 for n in (1, 2, 3)] == pytest.approx([0.5, 0.25, 0.25], abs=0.04)
+
+
+def test_an_agent_that_is_told_the_answer_goes_on_until_it_is_there() -> None:
+    rng = random.Random(0)
+    problem = by_family("three_step")[0]
+    sloppy = habits(fails=0.5, gives_up=1.0, stops_early=1.0, told=1.0)
+    for messages in (demonstrate(problem, sloppy, rng) for _ in range(50)):
+        told = f"\\boxed{{{problem.answer}}}"
+        assert messages[0]["content"] == problem.question + told
+        assert without_answer(messages[0]["content"]) == problem.question
+        assert messages[-1]["content"] == told
+        assert len(programs(messages)) >= 3
+
+
+def test_the_self_teacher_is_told_the_answer_in_the_same_words() -> None:
+    problem = by_family("three_step")[0]
+    shown = demonstrate(problem, habits(told=1.0), random.Random(0))[0]["content"]
+    config = load_config(SodConfig, REPOSITORY / CASCADE / "recipes" / "opsd_gt.yaml")
+    row = prompt_row(problem, 0)
+    prompt = Prompt(
+        prompt_id="eval/0",
+        data_source=row["data_source"],
+        messages=row["prompt"],
+        ground_truth=row["reward_model"]["ground_truth"],
+        extra_info=row["extra_info"],
+    )
+    assert teacher_messages(config.teacher, prompt)[0]["content"] == shown
+
+
 @pytest.mark.parametrize("rate", [0.25, 0.6])
 def test_rates_are_met(rate: float) -> None:
     rng = random.Random(0)
@@ -123,3 +169,13 @@ def test_copy_exercises_practise_one_turn() -> None:
     exercise = copy_exercise(two, second, rng)
     assert [m.get("loss") for m in exercise] == [None, False, None, True]
     assert str(eval(programs(exercise)[1].removeprefix("print"))) == two.answer
+
+
+def test_copy_exercises_practise_all_later_calls_of_a_chain() -> None:
+    three = by_family("three_step")[0]
+    later = CopyShares(first_call=0, second_call=1, answer=0)
+    exercise = copy_exercise(three, later, random.Random(0))
+    roles = ["user", "assistant", "tool", "assistant", "tool", "assistant"]
+    assert [m["role"] for m in exercise] == roles
+    assert [m["loss"] for m in exercise if m["role"] == "assistant"] == [False, True, True]
+    assert str(eval(programs(exercise)[2].removeprefix("print"))) == three.answer
