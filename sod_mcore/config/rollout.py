@@ -70,6 +70,9 @@ class ToolsConfig:
     """Processes and threads one call may have."""
     workers: Positive = 8
     """Calls executed at the same time."""
+    packages: tuple[str, ...] = ()
+    """Folders of Python packages that programs may import, as pip install --target makes them; for
+    tools and verifiers alike. Without any there is the standard library."""
     total_memory_mb: Positive | None = None
     """Memory of all programs of the local sandbox together, MiB, by a control group; refused where
     none can be made. null leaves processes times memory_mb for each program."""
