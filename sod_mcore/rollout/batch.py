@@ -2,8 +2,9 @@
 
 A trajectory that fails for a reason outside the student (an engine, the sandbox, the verifier) is
 tried again from its prompt, then dropped and counted; it never takes the batch down and never
-becomes an observation or a wrong answer. A trajectory that the teacher cannot score keeps its
-reward and is marked as unscored by NaN.
+becomes an observation or a wrong answer. A failing verifier is asked again first, for the same
+trajectory. A trajectory that the teacher cannot score keeps its reward and is marked as unscored by
+NaN. Only a data row that its verifier calls unusable ends the batch: no retry would mend it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import asyncio
 import dataclasses
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from sod_mcore.rewards import RewardResult
 from sod_mcore.rollout.episode import Sampling
@@ -75,6 +76,10 @@ class RolloutResult:
     failures: tuple[str, ...]
 
 
+class UnusableRowError(Exception):
+    """A data row that its verifier cannot judge any answer by; the message says what is wrong."""
+
+
 class EpisodeRunner(Protocol):
     """Samples one trajectory of a prompt, without reward and scores."""
 
@@ -87,7 +92,8 @@ class BatchServices:
 
     Attributes:
         run_episode: samples one conversation.
-        reward: checks the answer of a finished conversation.
+        reward: checks the answer of a finished conversation; raises ValueError where the data row
+            is unusable.
         score: returns the trajectory with the teacher's scores; raises ``scoring_error`` where the
             teacher's answer is unusable.
         scoring_error: the exception type of an unusable score.
@@ -134,7 +140,7 @@ async def run_batch(
         return trajectory
 
     jobs = [one(prompt) for prompt in request.prompts for _ in range(request.samples_per_prompt)]
-    results: Sequence[Trajectory | None] = await asyncio.gather(*jobs)
+    results: Sequence[Trajectory | None] = await _all_or_first_error(jobs)
     return RolloutResult(
         trajectories=tuple(t for t in results if t is not None),
         num_dropped=counts.dropped,
@@ -142,6 +148,24 @@ async def run_batch(
         num_retries=counts.retries,
         failures=tuple(counts.failures),
     )
+
+
+async def _all_or_first_error(
+    jobs: Sequence[Coroutine[Any, Any, Trajectory | None]],
+) -> Sequence[Trajectory | None]:
+    """Results in order; the first error ends the other jobs and is raised."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _cancel(*tasks)
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    """End what still runs, and wait for its end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _sample_and_score(
@@ -157,7 +181,9 @@ async def _sample_and_score(
         try:
             async with slots:
                 trajectory = await services.run_episode(prompt, request)
-            return await _finish(prompt, trajectory, request, services, counts)
+            return await _finish(prompt, trajectory, request, services, attempts, counts)
+        except UnusableRowError:
+            raise
         except Exception as error:
             # Whatever broke, the other trajectories of the batch are worth keeping; the caller
             # stops the run when too many are dropped, and prints these lines then.
@@ -170,13 +196,16 @@ async def _finish(
     trajectory: Trajectory,
     request: RolloutRequest,
     services: BatchServices,
+    attempts: int,
     counts: _Counts,
 ) -> Trajectory:
     """Reward and teacher scores at the same time, while other conversations still run."""
-    reward, scored = await asyncio.gather(
-        services.reward(prompt, trajectory),
-        _score(prompt, trajectory, request, services, counts),
-    )
+    scoring = asyncio.create_task(_score(prompt, trajectory, request, services, counts))
+    try:
+        reward = await _reward(prompt, trajectory, services, attempts, counts)
+        scored = await scoring
+    finally:
+        await _cancel(scoring)
     return dataclasses.replace(
         scored,
         reward=reward.reward,
@@ -185,6 +214,26 @@ async def _finish(
         prediction=reward.prediction,
         reward_parts=dict(reward.parts),
     )
+
+
+async def _reward(
+    prompt: Prompt,
+    trajectory: Trajectory,
+    services: BatchServices,
+    attempts: int,
+    counts: _Counts,
+) -> RewardResult:
+    """The verifier's reward; what broke there is tried again before a whole rollout is."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return await services.reward(prompt, trajectory)
+        except ValueError as error:
+            raise UnusableRowError(f"{prompt.prompt_id}: {error}") from error
+        except Exception as error:
+            if attempt == attempts:
+                raise
+            _note_failure(counts, error)
+    raise AssertionError("unreachable: the last try returns or raises")
 
 
 async def _score(

@@ -13,6 +13,7 @@ from sod_mcore.rollout.batch import (
     RolloutProgress,
     RolloutRequest,
     RolloutResult,
+    UnusableRowError,
     run_batch,
 )
 from sod_mcore.rollout.episode import Sampling
@@ -46,6 +47,9 @@ class Services:
         self.most_running = 0
         self.scoring_started: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
+        self.scoring_seconds = 0.0
+        self.scoring_running = 0
+        self.reward_errors: list[Exception] = []
         self.ended: dict[str, float] = {}
 
     async def episode(self, prompt: Prompt, request: RolloutRequest) -> Trajectory:
@@ -62,10 +66,17 @@ class Services:
         return trajectory_of(prompt)
 
     async def reward(self, prompt: Prompt, trajectory: Trajectory) -> RewardResult:
+        if self.reward_errors:
+            raise self.reward_errors.pop()
         return RewardResult(1.0, "right", "4", {"answer": 1.0})
 
     async def score(self, prompt: Prompt, trajectory: Trajectory) -> Trajectory:
         self.scoring_started[trajectory.group_id] = time.monotonic()
+        self.scoring_running += 1
+        try:
+            await asyncio.sleep(self.scoring_seconds)
+        finally:
+            self.scoring_running -= 1
         if trajectory.group_id in self.unscored:
             raise UnusableScoreError("misaligned")
         scores = np.where(trajectory.loss_mask, -0.5, np.nan).astype(np.float32)
@@ -116,6 +127,31 @@ def test_an_unscored_trajectory_keeps_its_reward() -> None:
     assert scored.is_scored
     assert not unscored.is_scored
     assert unscored.reward == 1.0
+
+
+def test_a_failing_verifier_is_asked_again_for_the_same_trajectory() -> None:
+    services = Services()
+    services.reward_errors = [InfrastructureError("no sandbox")] * 2
+    result = run(services, request(1, samples=1))
+    assert (len(result.trajectories), result.num_dropped, result.num_retries) == (1, 0, 0)
+    assert result.failures == ("InfrastructureError: no sandbox",)
+
+
+def test_a_lasting_failure_of_the_verifier_leaves_no_scoring_behind() -> None:
+    services = Services()
+    services.reward_errors = [InfrastructureError("no sandbox")] * 100
+    services.scoring_seconds = 60.0
+    result = run(services, request(1, samples=1))
+    assert (result.num_dropped, result.num_unscored, services.scoring_running) == (1, 0, 0)
+
+
+def test_an_unusable_row_ends_the_batch() -> None:
+    services = Services()
+    services.reward_errors = [ValueError("the ground truth is empty")]
+    services.seconds = {"p1": 60.0}
+    with pytest.raises(UnusableRowError, match="p0: the ground truth is empty"):
+        run(services, request(2, samples=1))
+    assert services.running == 0
 
 
 def test_scoring_starts_while_other_trajectories_still_run() -> None:
