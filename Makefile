@@ -29,8 +29,9 @@ demo: setup ## set up, then run the arithmetic example from data to evaluation
 test: setup-dev ## set up, then lint, types and all tests but the long ones
 	scripts/check.sh
 
-test-long: setup-dev setup-slurm ## set up, then the long tests; writes docs/results/long_tests.md
+test-long: setup-dev setup-slurm ## set up, then the long tests and the comparison of methods; writes docs/results/
 	.venv/bin/python scripts/long_tests.py
+	.venv/bin/python -m examples.arithmetic.compare --report docs/results/comparison.md
 
 docs: setup-dev ## regenerate docs/config_reference.yaml
 	.venv/bin/python -m sod_mcore.config_help > docs/.config_reference.yaml.tmp

@@ -13,8 +13,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import platform
+import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 from examples.arithmetic.cells import METHODS, Cell
@@ -46,7 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_stages([served(cells, teacher, options)], options.folder)
     text = comparison_table(cells)
     write_text(options.folder / "table.md", text)
+    if options.report is not None:
+        write_text(options.report, report(text, options.seeds))
     print(text, flush=True)
+
+
+def report(tables: str, seeds: Sequence[int]) -> str:
+    """The tables as a page of their own, with what made them."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    done = subprocess.run(describe, capture_output=True, text=True, timeout=30, check=False)
+    commit = done.stdout.strip() or "unknown"
+    command = f"python -m examples.arithmetic.compare --seeds {' '.join(map(str, seeds))}"
+    return (
+        f"# Methods compared where tool calls build on each other\n\n`{command}` at commit "
+        f"{commit} on {date.today():%Y-%m-%d}, on {os.cpu_count()} {platform.machine()} cores. "
+        "What is compared: [examples/arithmetic/cascade](../../examples/arithmetic/cascade). Each "
+        "number is a mean ± standard error over the seeds, on 256 held-out problems.\n\n" + tables
+    )
 
 
 def run_cells(cells: Sequence[Cell], engines: Path) -> None:
@@ -90,6 +109,7 @@ def _read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[2, 3, 4], metavar="SEED")
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     add("--folder", type=Path, default=FOLDER, help="folder of everything that is made")
+    add("--report", type=Path, metavar="FILE", help="also write the tables as a page")
     add("--served", type=Path, metavar="TEACHER", help=argparse.SUPPRESS)
     add("overrides", nargs="*", metavar="key=value", help="settings of all runs")
     return parser.parse_intermixed_args(arguments)

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from tests.end_to_end.conftest import LiveRun
@@ -103,26 +101,19 @@ def test_a_killed_rollout_process(config: Path, tmp_path: Path, record_property:
     assert_continues(train(config), run, tmp_path)
 
 
-def test_bad_data_that_only_a_verifier_sees(
-    config: Path, live_run: LiveRun, tmp_path: Path, record_property: Record
-) -> None:
-    """Rows that can be read and played, but not be judged."""
+def test_a_row_that_only_a_verifier_finds_unusable(config: Path, tmp_path: Path) -> None:
+    """Rows that can be read and played, and that nothing objects to before the run."""
     run = tmp_path / "run"
-    bad = tmp_path / "bad.parquet"
-    rows = pq.read_table(live_run.tree["data"]["train"]).to_pylist()
-    for row in rows:
-        row["extra_info"] = {"index": row["extra_info"]["index"]}
-    pq.write_table(pa.Table.from_pylist(rows), bad)
+    verifier = "reward.verifiers={reasoning_gym: 'tests.end_to_end.unusable_rows:grade'}"
     small = ("algorithm.prompts_per_step=8", "algorithm.prompts_per_mini_batch=2")
-    with drill(train(config, f"data.train={bad}", *small), run, tmp_path) as it:
-        it.wait_for_text("rollout and scoring")  # the first trajectory was dropped
-        seconds = it.seconds_to_end(lambda: None)
-        record_property("seconds_until_gone", round(seconds, 1))
+    with drill(train(config, verifier, *small), run, tmp_path) as it:
+        it.wait_until(lambda: it.process.poll() is not None)
+        it.seconds_to_end(lambda: None)
         assert it.process.returncode == 1
         assert it.output().count("\nerror: ") == 1
-        assert "extra_info['dataset'] = None" in it.output().rpartition("Root Cause")[2]
+        assert "UnusableRowError: train/" in it.output().rpartition("Root Cause")[2]
         assert it.outcome().outcome == "failed"
-        assert "extra_info['dataset'] = None" in it.outcome().reason
+        assert "no answer fits this row" in it.outcome().reason
     assert_continues(train(config, *small), run, tmp_path)
 
 
