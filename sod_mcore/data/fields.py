@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from sod_mcore.data.errors import FieldError, shortened
@@ -18,6 +19,14 @@ def text_field(row: Row, name: str) -> str:
     return value
 
 
+def question_field(row: Row, name: str) -> str:
+    """A field that must hold what is asked: text that is not blank."""
+    text = text_field(row, name)
+    if not text.strip():
+        raise FieldError(name, f"is {shortened(text)}; write the question, or remove the row")
+    return text
+
+
 def answer_field(row: Row, name: str) -> str:
     """A field that must hold a short answer, as text or as a number; ``204.0`` becomes 204."""
     value = row.get(name)
@@ -25,6 +34,9 @@ def answer_field(row: Row, name: str) -> str:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
         raise FieldError(name, f"is {shortened(value)}; text or a number is needed")
+    if isinstance(value, float) and not math.isfinite(value):
+        problem = f"is {value}, which no answer can equal; write the number, or remove the row"
+        raise FieldError(name, problem)
     return str(value)
 
 
@@ -59,7 +71,8 @@ def list_field(row: Row, name: str) -> list[Row]:
 
 
 def messages_field(row: Row, name: str) -> list[Row]:
-    """A field that must hold chat messages, at least one; a missing content becomes empty."""
+    """A field that must hold chat messages, at least one; a missing content becomes empty,
+    except that of a user, who must say something."""
     messages = list_field(row, name)
     if not messages:
         raise FieldError(name, "is empty; a list of {role, content} is needed")
@@ -69,6 +82,9 @@ def messages_field(row: Row, name: str) -> list[Row]:
             raise FieldError(f"{name}[{number}].role", problem)
         if not isinstance(message.setdefault("content", ""), str):
             problem = f"is {shortened(message['content'])}; text is needed"
+            raise FieldError(f"{name}[{number}].content", problem)
+        if message["role"] == "user" and not message["content"].strip():
+            problem = "is empty; write what the user asks, or remove the row"
             raise FieldError(f"{name}[{number}].content", problem)
     return messages
 

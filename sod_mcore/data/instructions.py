@@ -112,4 +112,5 @@ _RULES: tuple[tuple[str, Callable[[Question], list[str]]], ...] = (
     ("gpqa_diamond", _choice),
     ("LiveCodeBench_v6", _specified_program),
     ("humaneval", _function),
+    ("HumanEval", _function),
 )

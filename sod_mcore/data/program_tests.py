@@ -25,7 +25,8 @@ def program_tests(value: Any, field: str) -> tuple[Row, str]:
     """The unit tests in ``value``, and the JSON text that a verifier reads.
 
     Args:
-        value: a struct, its JSON text, or its text as a Python literal (the reference reads both).
+        value: a struct, its JSON text, or its text as a Python literal (the reference reads both);
+            such text may have been written as JSON text once more.
         field: what to call ``value`` in an error.
 
     Raises:
@@ -47,15 +48,21 @@ def _read(value: Any, field: str) -> tuple[Row, str]:
         return tests, json.dumps(tests, ensure_ascii=False)
     if not isinstance(value, str):
         raise FieldError(field, f"is {shortened(value)}; unit tests as JSON text are needed")
-    text = value
-    try:
-        tests = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        tests = _literal(value, field, error)
-        text = json.dumps(tests, ensure_ascii=False)
+    tests, text = _parsed(value, field)
+    if isinstance(tests, str):
+        tests, text = _parsed(tests, field)
     if not isinstance(tests, dict):
         raise FieldError(field, f"is {shortened(tests)}; an object of unit tests is needed")
     return tests, text
+
+
+def _parsed(text: str, field: str) -> tuple[Any, str]:
+    """What a text says, and JSON text that says the same."""
+    try:
+        return json.loads(text), text
+    except (ValueError, RecursionError) as error:
+        value = _literal(text, field, error)
+        return value, json.dumps(value, ensure_ascii=False)
 
 
 def _literal(text: str, field: str, json_error: Exception) -> Any:

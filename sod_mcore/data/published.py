@@ -19,14 +19,15 @@ from sod_mcore.data.fields import (
     json_field,
     mapping_field,
     messages_field,
+    question_field,
     text_field,
 )
 from sod_mcore.data.instructions import Question
 from sod_mcore.data.program_tests import program_tests
 from sod_mcore.trajectory import Message
 
-_PROGRAM_SOURCES = ("train-code-", "LiveCodeBench_v6", "humaneval")
-_OPTION = re.compile(r"\s*(?:\\boxed\{)?\s*([A-Z])\s*\}?\s*")
+_PROGRAM_SOURCES = ("train-code-", "LiveCodeBench_v6", "humaneval", "HumanEval")
+_OPTION = re.compile(r"\s*(?:\\boxed\{)?\s*([A-J])\s*\}?\s*")
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ def _read_rl(row: Row) -> Problem:
 
 def _read_human_eval(row: Row) -> Problem:
     tests = {name: text_field(row, name) for name in ("prompt", "test", "entry_point")}
+    question = Question(question_field(row, "prompt"))
     extra_info = {"task_id": text_field(row, "task_id")}
     truth = json.dumps(tests, ensure_ascii=False)
-    return Problem(Question(tests["prompt"]), truth, _source(row, "humaneval"), (), extra_info)
+    return Problem(question, truth, _source(row, "humaneval"), (), extra_info)
 
 
 def _read_live_code_bench(row: Row) -> Problem:
@@ -105,7 +107,7 @@ def _read_live_code_bench(row: Row) -> Problem:
     name = "reward_model.ground_truth" if "ground_truth" in reward_model else "reward_model"
     truth = reward_model.get("ground_truth", reward_model)
     tests, text = program_tests(truth, name)
-    question = _question_with_tests(text_field(row, "problem"), tests)
+    question = _question_with_tests(question_field(row, "problem"), tests)
     extra_info = json_field(row, "extra_info")
     return Problem(question, text, _source(row, "LiveCodeBench_v6"), (), extra_info)
 
@@ -114,20 +116,20 @@ def _read_gpqa(row: Row) -> Problem:
     solution = text_field(row, "solution")
     letter = _OPTION.fullmatch(solution)
     if letter is None:
-        problem = f"is {shortened(solution)}; the capital letter of an option is needed"
+        problem = f"is {shortened(solution)}; the capital letter of an option, A to J, is needed"
         raise FieldError("solution", problem)
     domain = text_field(row, "domain")
-    question = Question(text_field(row, "problem"), domain)
+    question = Question(question_field(row, "problem"), domain)
     return Problem(question, letter[1], _source(row, "gpqa_diamond"), (), {"domain": domain})
 
 
 def _read_aime_2025(row: Row) -> Problem:
-    question = Question(text_field(row, "problem"))
+    question = Question(question_field(row, "problem"))
     return Problem(question, answer_field(row, "answer"), _source(row, "AIME2025"))
 
 
 def _read_aime_2024(row: Row) -> Problem:
-    question = Question(text_field(row, "Problem"))
+    question = Question(question_field(row, "Problem"))
     return Problem(question, answer_field(row, "Answer"), _source(row, "AIME2024"))
 
 

@@ -42,6 +42,7 @@ from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import weight_versions
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.tools import choose_sandbox_url, tool_schemas
+from sod_mcore.tools.packages import package_folders
 
 REACHABLE_TIMEOUT_SECONDS = 10.0
 USER_ERRORS = (
@@ -116,6 +117,7 @@ def check_settings(config: SodConfig) -> None:
     check_teacher_settings(config)
     tool_schemas(config.tools)
     choose_sandbox_url(config.tools.sandbox_url)
+    package_folders(config.tools.packages, "tools.packages")
     find_rule(algorithm.weighting)
     _check_operations()
     try:

@@ -28,17 +28,16 @@ class CalculatorError(ValueError):
 
 def _power(base: Number, exponent: Number) -> Number:
     if isinstance(base, int) and isinstance(exponent, int):
-        _check_bits(base.bit_length() * abs(exponent))
+        # The least that the result can have; so it is computed with twice as many at most.
+        _check_bits((base.bit_length() - 1) * exponent + 1)
     result = base**exponent
     if isinstance(result, complex):
         raise CalculatorError(f"{base} ** {exponent} is not a real number")
-    return result
+    return _bounded(result)
 
 
 def _product(left: Number, right: Number) -> Number:
-    if isinstance(left, int) and isinstance(right, int):
-        _check_bits(left.bit_length() + right.bit_length())
-    return left * right
+    return _bounded(left * right)
 
 
 def _factorial(number: Number) -> int:
@@ -133,6 +132,12 @@ def _evaluate(node: ast.expr) -> Number:
             names = ", ".join([*_FUNCTIONS, *_CONSTANTS])
             raise CalculatorError(f"{name!r} is unknown here; there are {names}")
     raise CalculatorError("only numbers, + - * / // % **, parentheses and functions are allowed")
+
+
+def _bounded(value: Number) -> Number:
+    if isinstance(value, int):
+        _check_bits(value.bit_length())
+    return value
 
 
 def _check_bits(bits: int) -> None:

@@ -16,8 +16,9 @@ from sod_mcore.tools.code_interpreter import (
     code_interpreter_schema,
 )
 from sod_mcore.tools.interface import Tool, ToolSchema
-from sod_mcore.tools.limits import MEBIBYTE, SandboxLimits
+from sod_mcore.tools.limits import MEBIBYTE, MINIMUM_MEMORY_BYTES, SandboxLimits
 from sod_mcore.tools.memory_group import MemoryGroup
+from sod_mcore.tools.packages import package_folders
 from sod_mcore.tools.runner import ProgramRunner
 from sod_mcore.tools.sandbox import Sandbox
 from sod_mcore.tools.sandbox_fusion import SandboxFusionClient, choose_sandbox_url
@@ -30,7 +31,14 @@ and must not run anything itself."""
 
 
 def tool_limits(config: ToolsConfig) -> SandboxLimits:
-    """What one program of a tool may use."""
+    """What one program of a tool may use.
+
+    Raises:
+        ConfigError: it is less than Python itself needs.
+    """
+    least = MINIMUM_MEMORY_BYTES // MEBIBYTE
+    if config.memory_mb < least:
+        raise ConfigError(f"tools.memory_mb is {config.memory_mb}; give at least {least}")
     return SandboxLimits(
         wall_seconds=config.wall_seconds,
         cpu_seconds=config.cpu_seconds,
@@ -71,20 +79,26 @@ def make_runner(
     """What runs programs, here or elsewhere: not started, an asynchronous context manager.
 
     Args:
-        config: says where.
+        config: says where, and which packages programs find.
         limits: of one program.
         max_concurrency: programs at a time.
         memory_group: of the local sandbox; may be shared by several.
 
     Raises:
-        ConfigError: the address of the endpoint is none.
+        ConfigError: the address of the endpoint is none, or packages cannot be shown.
     """
     url = choose_sandbox_url(config.sandbox_url)
     if url is not None:
+        if config.packages:
+            raise ConfigError(
+                f"tools.packages is {list(config.packages)}, but programs run at {url}; set it to "
+                "[] and give the server there --packages"
+            )
         return SandboxFusionClient(url, limits, max_concurrency=max_concurrency)
     return Sandbox(
         limits,
         max_concurrency=max_concurrency,
+        package_paths=package_folders(config.packages, "tools.packages"),
         allow_unisolated=config.run_code_without_isolation,
         memory_group=memory_group,
     )

@@ -19,6 +19,8 @@ than ours. Modules written in Python are imported when needed only: `json`, `ast
 from __future__ import annotations
 
 import _ast
+import _sitebuiltins
+import builtins
 import marshal
 import os
 import resource
@@ -95,19 +97,29 @@ def show(value: object) -> None:
         print(value)
 
 
+def install_exit() -> None:
+    """What Python's `site` gives every program, and what `-S` leaves out."""
+    for name in ("exit", "quit"):
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+
+
 def run(request: dict) -> None:
-    """Run the program as `__main__`. Its last expression is shown if the request says so."""
+    """Run the program as `__main__`. Its last expression is shown if the request says so.
+
+    It is compiled without this file's own `from __future__ import annotations`.
+    """
+    install_exit()
     main_module = types.ModuleType("__main__")
     install_traceback(request["code"], request["short_traceback"], main_module)
     tree: _ast.Module = compile(  # type: ignore[assignment]
-        request["code"], PROGRAM_NAME, "exec", _ast.PyCF_ONLY_AST
+        request["code"], PROGRAM_NAME, "exec", _ast.PyCF_ONLY_AST, dont_inherit=True
     )
     last = None
     if request["print_last_expression"] and tree.body and isinstance(tree.body[-1], _ast.Expr):
         shown = _ast.Interactive(body=[tree.body.pop()])
-        last = compile(shown, PROGRAM_NAME, "single")
+        last = compile(shown, PROGRAM_NAME, "single", dont_inherit=True)
         sys.displayhook = show
-    program = compile(tree, PROGRAM_NAME, "exec")
+    program = compile(tree, PROGRAM_NAME, "exec", dont_inherit=True)
     sys.modules["__main__"] = main_module
     sys.argv = [PROGRAM_NAME]
     exec(program, main_module.__dict__)

@@ -32,7 +32,7 @@ _EXTRA_SECONDS = 10.0  # HTTP timeout above the time that the program may take
 _CONNECT_SECONDS = 10.0
 _KILLED_CODES = (137, -9)
 _BYTES_OF_A_CHARACTER = 6  # in JSON at most: \u0000
-_PASSING_STATUSES = (429, *range(500, 600))
+_PASSING_STATUSES = (408, 429, *range(500, 600))
 
 
 def choose_sandbox_url(
@@ -47,13 +47,22 @@ def choose_sandbox_url(
     url = configured or environment.get(URL_VARIABLE) or None
     if url is None:
         return None
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc or not parts.path.strip("/"):
+    if not _is_endpoint(url):
         source = "tools.sandbox_url" if configured else f"the environment variable {URL_VARIABLE}"
         raise ConfigError(
             f"{source} is {url!r}; it must be a whole address, as http://127.0.0.1:8080/run_code"
         )
     return url
+
+
+def _is_endpoint(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # Reading the port raises ValueError where it is none.
+        has_host = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and has_host and bool(parts.path.strip("/"))
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class RetryRule:
 
 
 class _PassingError(InfrastructureError):
-    """A failure of the endpoint that another try may not meet."""
+    """A failure of the endpoint that another try may not meet. Never leaves this module."""
 
 
 class SandboxFusionClient:
@@ -163,7 +172,10 @@ class SandboxFusionClient:
                     logger.warning("%s; trying again in %g s", error, wait)
                 await asyncio.sleep(wait)
                 wait *= 2
-            return await self._attempt(body)
+            try:
+                return await self._attempt(body)
+            except _PassingError as error:
+                raise InfrastructureError(str(error)) from error
 
     async def close(self) -> None:
         """Close the connections; running calls fail. May be called twice."""
@@ -208,6 +220,9 @@ class SandboxFusionClient:
                     failure = _PassingError if may_pass else InfrastructureError
                     raise failure(f"{self.url} answered HTTP {response.status}: {text}")
                 answer = await self._read(response)
+        except aiohttp.ConnectionTimeoutError as error:
+            message = f"{self.url} took no connection in {_CONNECT_SECONDS:g} s"
+            raise _PassingError(message) from error
         except TimeoutError as error:
             # Not tried again: the endpoint is there and has more to do than it can.
             seconds = 2 * self._limits.wall_seconds + _EXTRA_SECONDS

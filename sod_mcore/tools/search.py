@@ -119,7 +119,8 @@ class Search:
         """Show at most `count` documents, which share `max_characters` equally."""
         self._index = index
         self._count = count
-        self._line_characters = max_characters // count - 1
+        self._max_characters = max_characters
+        self._line_characters = max(1, max_characters // count - 1)
 
     @property
     def schema(self) -> ToolSchema:
@@ -136,7 +137,7 @@ class Search:
         if not found:
             return ToolResult("Nothing was found.", succeeded=True)
         lines = [self._line(number, document, query) for number, document in enumerate(found, 1)]
-        return ToolResult("\n".join(lines), succeeded=True)
+        return ToolResult("\n".join(lines)[: self._max_characters], succeeded=True)
 
     def _line(self, number: int, document: Document, query: str) -> str:
         heading = f"[{number}] {document.title}: "

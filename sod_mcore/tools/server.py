@@ -21,6 +21,8 @@ from sod_mcore.tools.sandbox import Sandbox
 from sod_mcore.tools.sandbox_fusion import OUTPUT_LIMIT_MESSAGE
 
 MAX_REQUEST_BYTES = 32 * MEBIBYTE
+READ_SECONDS = 30.0
+"""Longest time that a request may take to arrive."""
 _KILLED_CODE = 128 + signal.SIGKILL
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHUTDOWN_SECONDS = 5.0
@@ -104,10 +106,20 @@ def describe_failure(status: str, message: str) -> dict[str, object]:
 class SandboxServer:
     """The HTTP face of a started sandbox, which its owner closes."""
 
-    def __init__(self, sandbox: Sandbox, *, max_requests: int) -> None:
-        """`max_requests` counts those that run and those that wait; more are refused."""
+    def __init__(
+        self, sandbox: Sandbox, *, max_requests: int, read_seconds: float = READ_SECONDS
+    ) -> None:
+        """Remember the settings.
+
+        Args:
+            sandbox: runs the programs.
+            max_requests: those that arrive, run and wait; more are refused. So bodies hold at most
+                this many times `MAX_REQUEST_BYTES`.
+            read_seconds: longest time that a request may take to arrive.
+        """
         self._sandbox = sandbox
         self._max_requests = max_requests
+        self._read_seconds = read_seconds
         self._requests = 0
 
     def application(self) -> web.Application:
@@ -129,12 +141,13 @@ class SandboxServer:
         )
 
     async def _run_code(self, http_request: web.Request) -> web.Response:
+        size = http_request.content_length
+        if size is not None and size > MAX_REQUEST_BYTES:
+            return _refusal("Failed", f"{size} bytes; {MAX_REQUEST_BYTES} are allowed", 413)
         # Counted before the body is read: bodies wait in memory too.
         if self._requests >= self._max_requests:
             text = f"{self._requests} programs run or wait already"
-            return web.json_response(
-                describe_failure("SandboxError", text), status=503, headers={"Retry-After": "1"}
-            )
+            return _refusal("SandboxError", text, 503, {"Retry-After": "1"})
         self._requests += 1
         try:
             return await self._answer(http_request)
@@ -143,9 +156,15 @@ class SandboxServer:
 
     async def _answer(self, http_request: web.Request) -> web.Response:
         try:
-            request = RunCodeRequest.read(json.loads(await http_request.read()))
+            async with asyncio.timeout(self._read_seconds):
+                body = await http_request.read()
+        except TimeoutError:
+            text = f"the request did not arrive in {self._read_seconds:g} s"
+            return _refusal("SandboxError", text, 408, {"Connection": "close"})
+        try:
+            request = RunCodeRequest.read(json.loads(body))
         except (ValueError, RecursionError) as error:
-            return web.json_response(describe_failure("Failed", str(error)), status=400)
+            return _refusal("Failed", str(error), 400)
         try:
             result = await self._sandbox.run(
                 request.code,
@@ -158,7 +177,20 @@ class SandboxServer:
         return web.json_response(describe(result))
 
 
-async def serve(sandbox: Sandbox, host: str, port: int, *, max_requests: int) -> None:
+def _refusal(
+    status: str, message: str, code: int, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    return web.json_response(describe_failure(status, message), status=code, headers=headers)
+
+
+async def serve(
+    sandbox: Sandbox,
+    host: str,
+    port: int,
+    *,
+    max_requests: int,
+    read_seconds: float = READ_SECONDS,
+) -> None:
     """Serve until SIGINT or SIGTERM, then end every program. Prints the address once it answers.
 
     Raises:
@@ -172,7 +204,9 @@ async def serve(sandbox: Sandbox, host: str, port: int, *, max_requests: int) ->
     async with sandbox:
         # A client that goes away frees its slot, and its program ends.
         runner = web.AppRunner(
-            SandboxServer(sandbox, max_requests=max_requests).application(),
+            SandboxServer(
+                sandbox, max_requests=max_requests, read_seconds=read_seconds
+            ).application(),
             handler_cancellation=True,
             shutdown_timeout=_SHUTDOWN_SECONDS,
             access_log=None,

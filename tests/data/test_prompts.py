@@ -59,6 +59,11 @@ def test_structs_may_be_json_text_and_ground_truth_may_be_structured(tmp_path: P
         ({"prompt": []}, "prompt: is empty"),
         ({"prompt": "What is 1 + 2?"}, "prompt: is 'What is 1 \\+ 2\\?'; a struct, or JSON text"),
         ({"prompt": [{"content": "x"}]}, r"prompt\[0\].role: is None; text is needed"),
+        (
+            {"prompt": [{"role": "user", "content": None}]},
+            r"prompt\[0\].content: is empty; write what the user asks, or remove the row",
+        ),
+        ({"prompt": [{"role": "user", "content": " \n"}]}, r"prompt\[0\].content: is empty"),
         ({"reward_model": None}, "reward_model: is None; a struct"),
         ({"reward_model": {"style": "rule"}}, "reward_model.ground_truth: is None; write"),
         ({"reward_model": {"ground_truth": 3}}, "reward_model.ground_truth: is 3; write"),

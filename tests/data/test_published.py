@@ -129,6 +129,37 @@ def test_unit_tests_may_be_a_struct_or_a_python_literal(tmp_path: Path) -> None:
     assert json.loads(truths[1]) == tests
 
 
+@pytest.mark.parametrize("source", ["humaneval", "HumanEval"])
+def test_both_spellings_of_human_eval_are_checked_and_instructed(
+    tmp_path: Path, source: str
+) -> None:
+    tests = {key: human_eval_row()[key] for key in ("prompt", "test", "entry_point")}
+    row = {
+        "data_source": source,
+        "prompt": [{"role": "user", "content": tests["prompt"]}],
+        "reward_model": {"ground_truth": tests},
+    }
+    rows = [{**human_eval_row(), "data_source": source}, row]
+    for prompt in read_prompts(write_lines(tmp_path / "rows.jsonl", rows)):
+        assert {piece for piece in PIECES if piece in question_text(prompt)} == {PLAN, CHECK}
+        assert json.loads(prompt.ground_truth) == tests
+    row["reward_model"] = {"ground_truth": "3 tests"}
+    with pytest.raises(DataError, match="unit tests as JSON text are needed"):
+        read_prompts(write_lines(tmp_path / "rows.jsonl", [row]))
+
+
+def test_unit_tests_written_twice_as_json_are_kept_once(tmp_path: Path) -> None:
+    tests = {"inputs": ["ü\n"], "outputs": ["2\n"]}
+    texts = [json.dumps(json.dumps(tests)), json.dumps(str(tests)), repr(json.dumps(tests))]
+    rows = [{**rl_rows()[3], "reward_model": {"ground_truth": text}} for text in texts]
+    for prompt in read_prompts(write_lines(tmp_path / "rl.jsonl", rows)):
+        assert json.loads(prompt.ground_truth) == tests
+        read_tests(prompt.ground_truth)
+    rows[0]["reward_model"]["ground_truth"] = json.dumps(texts[0])
+    with pytest.raises(DataError, match="an object of unit tests is needed"):
+        read_prompts(write_lines(tmp_path / "rl.jsonl", rows))
+
+
 LCB = evaluation_rows()["livecodebench_v6"][0]
 GPQA = evaluation_rows()["gpqa_diamond"][0]
 
@@ -138,7 +169,15 @@ GPQA = evaluation_rows()["gpqa_diamond"][0]
     [
         ({"Problem": "x", "Answer": None}, "Answer: is None; text or a number is needed"),
         ({"problem": "x", "answer": True}, "answer: is True; text or a number is needed"),
+        ('{"problem": "x", "answer": NaN}', "answer: is nan, which no answer can equal; write"),
+        ('{"problem": "x", "answer": 1e400}', "answer: is inf, which no answer can equal; write"),
         ({"problem": 3, "answer": "1"}, "problem: is 3; text is needed"),
+        ({"problem": " ", "answer": "1"}, "problem: is ' '; write the question, or remove the row"),
+        ({"Problem": "", "Answer": "1"}, "Problem: is ''; write the question"),
+        ({**GPQA, "problem": ""}, "problem: is ''; write the question"),
+        ({**LCB, "problem": "\n"}, r"problem: is '\\n'; write the question"),
+        ({**human_eval_row(), "prompt": ""}, "prompt: is ''; write the question"),
+        ({**GPQA, "solution": "K"}, "solution: is 'K'; the capital letter of an option, A to J"),
         ({**GPQA, "solution": "iron"}, "solution: is 'iron'; the capital letter of an option"),
         ({**GPQA, "domain": None}, "domain: is None; text is needed"),
         ({**LCB, "reward_model": "{"}, "reward_model: is '{'; a struct, or JSON text of one"),
@@ -161,6 +200,6 @@ GPQA = evaluation_rows()["gpqa_diamond"][0]
         ),
     ],
 )
-def test_a_wrong_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+def test_a_wrong_row_is_named(tmp_path: Path, row: dict[str, Any] | str, message: str) -> None:
     with pytest.raises(DataError, match=rf"row 1, .*{message}"):
         read_prompts(write_lines(tmp_path / "rows.jsonl", [rl_rows()[0], row]))

@@ -16,6 +16,8 @@ import pytest
 from sod_mcore.data.errors import DataError, FieldError
 from sod_mcore.data.row_files import iterate_rows, source_name
 
+# The header of a sound file, and then a kind of block that there is none of.
+DAMAGED = gzip.compress(b'{"a": 1}\n', mtime=0)[:10] + b"\xff" * 40
 ROWS = [{"a": 1, "b": ["x", None]}, {"a": 2, "b": []}]
 
 
@@ -66,6 +68,7 @@ def test_a_bad_line_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
         ("rows.json", b'{"a": 1}\n{"a": 2}\n', "if it has one object a line, give it the ending"),
         ("rows.json", b'{"a": 1}', "holds {'a': 1}; a JSON list of objects is needed"),
         ("rows.jsonl.gz", b"hello", "rows.jsonl.gz cannot be read: "),
+        ("rows.jsonl.gz", DAMAGED, "rows.jsonl.gz cannot be read: Error -3 while decompressing"),
         ("rows.csv", b"a,b", "the name ends with none of .parquet, .jsonl, "),
         ("", b"", "no such file; give the path of a Parquet or JSONL file, or hf:NAME"),
     ],

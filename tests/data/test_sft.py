@@ -73,6 +73,10 @@ def answering(**changes: Any) -> list[dict[str, Any]]:
     [
         ({"messages": [{"role": "user", "content": "a"}]}, "must end with an assistant"),
         ({"messages": []}, "messages: is empty"),
+        (
+            {"messages": [{"role": "user", "content": None}, *answering()[1:]]},
+            r"messages\[0\].content: is empty; write what the user asks",
+        ),
         ({"messages": answering(), "enable_thinking": 1}, "enable_thinking: is 1"),
         ({"messages": answering(), "tools": "3"}, "tools: is 3; a list of structs"),
         ({"messages": answering(loss="no")}, r"messages\[1\].loss: is 'no'; true"),

@@ -1,7 +1,9 @@
 """A real sandbox for each test, and the check that it left no process behind."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -20,6 +22,14 @@ def nothing_left_behind() -> Iterator[None]:
         assert descendants() - before == set()
     finally:
         become_subreaper(False)
+
+
+@pytest.fixture
+def readable_directory() -> Iterator[Path]:
+    """A directory that an unprivileged user may enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 @pytest_asyncio.fixture

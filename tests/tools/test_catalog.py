@@ -1,7 +1,9 @@
 """What `tools` settings become: tools, schemas without anything started, the runner, faults."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,7 @@ from sod_mcore.tools import (
     tool_limits,
     tool_schemas,
 )
+from sod_mcore.tools.packages import package_folders
 
 MEBIBYTE = 1 << 20
 
@@ -103,6 +106,21 @@ async def test_runner_of_schemas_runs_nothing() -> None:
         await make_tool(OURS, ToolsConfig(), never_started).call({"text": "a"})
 
 
+@pytest.mark.asyncio
+async def test_tool_of_the_documentation() -> None:
+    """Wrong arguments are a failed result, whatever the model sends."""
+    text = (Path(__file__).parents[2] / "docs/tools.md").read_text(encoding="utf-8")
+    source = re.search(r"```python\n(.*?class Dictionary.*?)```", text, re.DOTALL)
+    assert source is not None
+    names: dict[str, Any] = {"WORDS": {"sea": "Much water."}}
+    exec(source[1], names)
+    tool: Tool = names["make_tool"](ToolsConfig(), Sandbox())
+    assert await tool.call({"word": "sea"}) == ToolResult("Much water.", succeeded=True)
+    wrong: list[object] = [None, ["sea"], {}, "lake"]
+    for word in wrong:
+        assert not (await tool.call({"word": word})).succeeded
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -127,6 +145,10 @@ class TestRunner:
         limits = runner.limits
         assert (limits.wall_seconds, limits.cpu_seconds) == (3.0, 2)
         assert (limits.memory_bytes, limits.processes) == (100 * MEBIBYTE, 4)
+
+    def test_memory_that_is_too_little(self) -> None:
+        with pytest.raises(ConfigError, match=r"tools\.memory_mb is 63; give at least 64"):
+            tool_limits(ToolsConfig(memory_mb=63))
 
     def test_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
         limits = tool_limits(ToolsConfig())
@@ -154,3 +176,60 @@ class TestRunner:
             open_memory_group(ToolsConfig(total_memory_mb=100)),
         ):
             pass
+
+
+class TestPackages:
+    @pytest.mark.asyncio
+    async def test_programs_import_them(
+        self, readable_directory: Path, nothing_left_behind: None
+    ) -> None:
+        """In order, through a link, with files of theirs, and without a way to change them."""
+        for name, value in (("first", 1), ("second", 2)):
+            package = readable_directory / name / "package_of_ours"
+            package.mkdir(parents=True)
+            (package / "__init__.py").write_text(f"VALUE = {value}")
+            (package / f"only_{name}.py").touch()
+        (readable_directory / "link").symlink_to(readable_directory / "first")
+        folders = (str(readable_directory / "link"), str(readable_directory / "second"))
+        config = ToolsConfig(packages=folders)
+        program = (
+            "import package_of_ours, package_of_ours.only_first\nprint(package_of_ours.VALUE)\n"
+            "open(package_of_ours.__file__, 'w')"
+        )
+        async with make_runner(config, tool_limits(config), max_concurrency=1) as runner:
+            result = await runner.run(program, short_traceback=True)
+        assert result.stdout == "1\n"
+        assert result.stderr.startswith("OSError: [Errno 30] Read-only file system")
+
+    def test_faults(self, readable_directory: Path) -> None:
+        def fault(folder: Path, **settings: Any) -> str:
+            config = ToolsConfig(packages=(str(folder),), **settings)
+            with pytest.raises(ConfigError) as error:
+                make_runner(config, tool_limits(config), max_concurrency=1)
+            assert "\n" not in str(error.value)
+            return str(error.value)
+
+        missing = readable_directory / "missing"
+        assert fault(missing).startswith(f"tools.packages has '{missing}', which is no folder")
+        missing.touch()
+        assert "which is no folder" in fault(missing)
+        elsewhere = fault(readable_directory, sandbox_url="http://a/run_code")
+        assert elsewhere.endswith("set it to [] and give the server there --packages")
+
+    @pytest.mark.parametrize("mode", [0o700, 0o711, 0o744])
+    def test_folders_that_the_launch_user_may_not_read(
+        self, readable_directory: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+    ) -> None:
+        monkeypatch.setattr("sod_mcore.tools.packages.launch_user", lambda: 65534)
+        folder = readable_directory / "packages"
+        folder.mkdir()
+        folder.chmod(mode)
+        with pytest.raises(ConfigError) as error:
+            package_folders([str(folder)], "--packages")
+        message = f"--packages has '{folder}', but the user who runs the programs (id 65534) may"
+        assert str(error.value).startswith(f"{message} not read {folder}; ")
+        folder.chmod(0o755)
+        assert package_folders([str(folder)], "--packages") == [folder]
+        readable_directory.chmod(0o700)
+        with pytest.raises(ConfigError, match=f"may not read {readable_directory}; make"):
+            package_folders([str(folder)], "--packages")

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,6 @@ from sod_mcore.tools import (
 )
 from sod_mcore.tools.bubblewrap import find_bubblewrap
 from tests.tools.processes import descendants, executable, reap_orphans
-
-
-@pytest.fixture
-def readable_directory() -> Iterator[Path]:
-    """A directory that an unprivileged user may enter, which pytest's own are not."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
 
 
 def signal_programs(number: signal.Signals) -> int:
@@ -64,6 +55,24 @@ class TestRun:
         """
         result = await sandbox.run(textwrap.dedent(program))
         assert result.stdout == "7 __main__ ['<code>']\n"
+
+    async def test_exit_and_quit(self, sandbox: Sandbox) -> None:
+        for code, output, return_code in (
+            ("print(1)\nexit()\nprint(2)", "1\n", 0),
+            ("print(1)\nquit(3)", "1\n", 3),
+            ("exit", "Use exit() or Ctrl-D (i.e. EOF) to exit\n", 0),
+        ):
+            result = await sandbox.run(code, print_last_expression=True)
+            assert (result.stdout, result.stderr) == (output, "")
+            assert (result.status, result.return_code) == ("finished", return_code)
+
+    async def test_annotations_are_evaluated_as_in_any_program(self, sandbox: Sandbox) -> None:
+        program = "def g(x: List[int]): pass\nprint(g.__annotations__)"
+        for print_last in (True, False):
+            result = await sandbox.run(program, print_last_expression=print_last)
+            assert "NameError: name 'List' is not defined" in result.stderr
+        result = await sandbox.run(f"from __future__ import annotations\n{program}")
+        assert result.stdout == "{'x': 'List[int]'}\n"
 
     async def test_processes_and_threads_within_the_limits_work(self, sandbox: Sandbox) -> None:
         program = """

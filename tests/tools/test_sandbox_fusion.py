@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import logging
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -83,7 +85,17 @@ class TestUrl:
         assert choose_sandbox_url(None, {}) is None
 
     @pytest.mark.parametrize(
-        "url", ["localhost:8080", "ftp://a/run_code", "http://a:80", "http:///"]
+        "url",
+        [
+            "localhost:8080",
+            "ftp://a/run_code",
+            "http://a:80",
+            "http:///",
+            "http://[::1/run_code",
+            "http://a:99999/run_code",
+            "http://a:abc/run_code",
+            "http://:80/run_code",
+        ],
     )
     def test_faults_name_their_source(self, url: str) -> None:
         with pytest.raises(ConfigError, match=r"tools\.sandbox_url is .*run_code"):
@@ -198,6 +210,7 @@ class TestFailures:
             (500, "oops"),
             (503, "full"),
             (429, "slow down"),
+            (408, "too slow"),
             {"status": "SandboxError", "message": "no docker", "run_result": None},
         ],
     )
@@ -208,8 +221,9 @@ class TestFailures:
         assert len(received) == 3
         handler, received = answers(failure)
         async with endpoint(handler) as client:
-            with pytest.raises(InfrastructureError, match=r"/run_code"):
+            with pytest.raises(InfrastructureError, match=r"/run_code") as error:
                 await client.run("1")
+        assert error.type is InfrastructureError  # logs print the name of the class
         assert len(received) == 3
 
     @pytest.mark.parametrize(
@@ -299,6 +313,26 @@ class TestStart:
         assert url in str(error.value)
         for mend in ("tools.sandbox_url", "SOD_SANDBOX_URL", "python -m sod_mcore.tools"):
             assert mend in str(error.value)
+
+    async def test_no_connection_in_time(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A port whose queue is full: the kernel leaves further connections without an answer."""
+        monkeypatch.setattr("sod_mcore.tools.sandbox_fusion._CONNECT_SECONDS", 0.3)
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1))
+            for _ in range(4):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(listener.getsockname())
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/run_code"
+            client = SandboxFusionClient(url, LIMITS, retry=QUICK)
+            with (
+                caplog.at_level(logging.WARNING),
+                pytest.raises(SandboxUnavailableError, match=r"took no connection in 0\.3 s"),
+            ):
+                await client.start()
+        assert len([r for r in caplog.records if "trying again" in r.getMessage()]) == 2
 
     async def test_something_else_listens(self) -> None:
         application = web.Application()

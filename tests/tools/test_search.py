@@ -78,6 +78,9 @@ class TestCall:
 
     async def test_length_is_bounded(self) -> None:
         documents = [Document("t" * 30 * i, "word " * 1000) for i in range(5)]
+        for size in range(1, 6):
+            result = await Search(Index(documents), max_characters=size).call({"query": "word"})
+            assert len(result.text) <= size
         for size in (30, 256, 2000):
             result = await Search(Index(documents), max_characters=size).call({"query": "word"})
             assert len(result.text) <= size

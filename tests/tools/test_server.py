@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -165,8 +168,42 @@ def test_large_request(shared_server: Server) -> None:
     code = "import sys; print(len(sys.stdin.read()))"
     _, answer = shared_server.post({"code": code, "stdin": "x" * (8 << 20)})
     assert answer["run_result"]["stdout"] == f"{8 << 20}\n"
-    status, _ = shared_server.post({"code": "1", "stdin": "x" * (33 << 20)})
+    status, answer = shared_server.post({"code": "1", "stdin": "x" * (33 << 20)})
     assert status == 413
+    assert answer["message"].endswith(f" bytes; {32 << 20} are allowed")
+
+
+def half_a_request(url: str, *, body_bytes: int) -> socket.socket:
+    """A connection that announces a body and sends three bytes of it."""
+    address = urlsplit(url)
+    connection = socket.create_connection((address.hostname, address.port), timeout=20)
+    head = f"POST /run_code HTTP/1.1\r\nHost: a\r\nContent-Length: {body_bytes}\r\n\r\n"
+    connection.sendall(head.encode() + b'{"c')
+    return connection
+
+
+def test_requests_that_do_not_arrive_free_their_places(nothing_left_behind: None) -> None:
+    with serving("--max-requests", "2", "--read-seconds", "2") as server:
+        connections = [half_a_request(server.url, body_bytes=100) for _ in range(2)]
+        assert server.post({"code": "print(1)"})[0] == 503
+        for connection in connections:
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+        assert server.post({"code": "print(1)"})[0] == 200
+        for connection in connections:
+            connection.close()
+
+
+def test_a_body_that_is_too_long_is_refused_before_it_is_read(shared_server: Server) -> None:
+    connection = half_a_request(shared_server.url, body_bytes=(32 << 20) + 1)
+    assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+    connection.close()
+
+
+def test_packages(readable_directory: Path, nothing_left_behind: None) -> None:
+    (readable_directory / "package_of_ours.py").write_text("VALUE = 5")
+    with serving("--packages", str(readable_directory)) as server:
+        _, answer = server.post({"code": "import package_of_ours; print(package_of_ours.VALUE)"})
+        assert answer["run_result"]["stdout"] == "5\n"
 
 
 @pytest.mark.asyncio
@@ -183,6 +220,8 @@ class TestClientAndServer:
             ("import ctypes; ctypes.string_at(0)", {}),
             ("print('x' * 100_000_000)", {}),
             ("import os, signal; os.write(1, b'S'); print('R')", {}),
+            ("print(1)\nexit(3)", {}),
+            ("def g(x: List[int]): pass", {}),
         ]
         async with (
             Sandbox(LIMITS, warm_count=1) as local,
@@ -289,13 +328,21 @@ class TestCommandLine:
     def test_faults_are_one_line(self, shared_server: Server) -> None:
         port = shared_server.url.split(":")[2].split("/")[0]
         for arguments, message in (
-            (("--memory-mb", "1"), "SandboxLimits.memory_bytes"),
-            (("--workers", "0"), "max_concurrency = 0"),
+            (("--memory-mb", "1"), "--memory-mb is 1; give at least 64"),
+            (("--workers", "0"), "--workers is 0; give at least 1"),
+            (("--warm", "0"), "--warm is 0; give at least 1"),
+            (("--max-requests", "-5"), "--max-requests is -5; give at least 1"),
+            (("--total-memory-mb", "0"), "--total-memory-mb is 0; give at least 1"),
+            (("--wall-seconds", "nan"), "--wall-seconds is nan; give seconds above 0"),
+            (("--read-seconds", "0"), "--read-seconds is 0; give seconds above 0"),
+            (("--packages", "/no/such/folder"), "--packages has '/no/such/folder', which is no"),
+            (("--port", "99999"), "--port is 99999; give at most 65535"),
+            (("--port", "-1"), "--port is -1; give at least 0"),
             (("--port", port), "address already in use"),
         ):
             done = self.run(*arguments)
             assert done.returncode == 2
-            assert len(done.stderr.splitlines()) == 1
+            assert len(done.stderr.splitlines()) == 1, done.stderr
             assert message in done.stderr
 
     def test_warning_where_others_may_reach_it(self, nothing_left_behind: None) -> None:

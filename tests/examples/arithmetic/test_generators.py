@@ -69,7 +69,7 @@ def test_prompts_can_be_read_and_have_what_the_verifier_needs(made: Path) -> Non
     prompts = read_prompts(made / "data" / "train.parquet")
     assert len(prompts) == 50
     assert {p.data_source for p in prompts} == {"reasoning_gym"}
-    assert set(prompts[0].extra_info) == {"index", "family", "dataset", "entry"}
+    assert set(prompts[0].extra_info) == {"index", "family", "dataset", "entry", "hint"}
 
 
 def test_evaluation_questions_are_in_no_other_file(made: Path) -> None:
