@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from sod_mcore.rewards.code_answer import final_program
-from sod_mcore.rewards.code_cases import Case, Inspection, Outcome, inspect
+from sod_mcore.rewards.code_cases import Case, Inspection, Outcome, inspect, off_loop
 from sod_mcore.rewards.code_tests import CodeTests, read_tests
 from sod_mcore.rewards.interface import Verdict
 from sod_mcore.tools import ProgramRunner
@@ -55,7 +55,7 @@ class CodeVerifier:
             InfrastructureError: the runner is broken. A test that could not run never counts as
                 failed.
         """
-        problem = read_tests(ground_truth)
+        problem = await off_loop(len(ground_truth), read_tests, ground_truth)
         program = final_program(response_text)
         if program is None:
             return Verdict("no_answer")
@@ -94,7 +94,7 @@ class CodeVerifier:
         parts = {
             "tests": float(tests),
             "tests_passed": float(passed),
-            "timeouts": float(counts["stopped"]),
+            "tests_stopped": float(counts["stopped"]),
         }
         share = passed / tests if self._scoring == "share" else None
         return Verdict("right" if passed == tests else "wrong", program, share, parts)

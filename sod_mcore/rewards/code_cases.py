@@ -5,22 +5,37 @@ function is called by the driver (``code_driver.py``): either its value is compa
 driver runs a test that asserts something, in a process that the program does not live in.
 """
 
+import asyncio
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGKILL, SIGXCPU
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from sod_mcore.rewards.code_compare import same_output, same_value
 from sod_mcore.tools import InfrastructureError, ProgramRunner, SandboxResult
+
+_T = TypeVar("_T")
 
 Outcome = Literal["passed", "failed", "stopped"]
 """Of one test; "stopped" by a limit of time, memory or output."""
 
 _FUTURE_IMPORT = "from __future__ import annotations\n"
 _SIGNALS_OF_LIMITS = (SIGKILL, SIGXCPU)
+LARGE_TEXT = 65536
+"""Characters. What reads or compares more leaves the event loop meanwhile."""
+_LONGEST_SPELLING = 16
+"""Characters of a report for one of the expected value: `0,` may come as `-1.2345678901234567e-16,`
+and one character as two escapes."""
+
+
+async def off_loop(characters: int, function: Callable[..., _T], *arguments: Any) -> _T:
+    """Call a function in a thread if it has a large text to work on."""
+    if characters <= LARGE_TEXT:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)
 
 
 class Case(Protocol):
@@ -50,7 +65,10 @@ class StdinCase:
             return "stopped"
         if result.return_code != 0:
             return "failed"
-        is_right = self.expected is None or same_output(result.stdout, self.expected)
+        if self.expected is None:
+            return "passed"
+        characters = len(result.stdout) + len(self.expected)
+        is_right = await off_loop(characters, same_output, result.stdout, self.expected)
         return "passed" if is_right else "failed"
 
 
@@ -75,6 +93,13 @@ class ExpectedValue:
         wrapped = self.value if self.is_wrapped and isinstance(self.value, list) else []
         return len(wrapped) == 1 and same_value(actual, wrapped[0])
 
+    def may_be(self, report_text: str) -> bool:
+        """Whether a report is short enough to hold the value, however it is spelt."""
+        if len(report_text) <= LARGE_TEXT:
+            return True
+        text = json.dumps(self.value) if self.text is None else self.text
+        return len(report_text) <= LARGE_TEXT + _LONGEST_SPELLING * len(text)
+
 
 @dataclass(frozen=True)
 class CallCase:
@@ -93,7 +118,14 @@ class CallCase:
             "candidate": self.function,
             "arguments": self.arguments,
         }
-        report = await _drive(runner, request)
+        text = await _drive(runner, request)
+        return await off_loop(len(text), self._outcome, text)
+
+    def _outcome(self, report_text: str) -> Outcome:
+        """Far more than was expected is wrong, and not read."""
+        if not self.expected.may_be(report_text):
+            return "failed"
+        report = _read_report(report_text)
         is_right = "value" in report and self.expected.accepts(report["value"])
         return "passed" if is_right else _failure(report)
 
@@ -131,14 +163,26 @@ class CheckCase:
 
 @dataclass(frozen=True)
 class AssertCase:
-    """Statements that call the program's functions by their names."""
+    """Statements that call the program's functions by their names.
+
+    Attributes:
+        sources: what makes the program, run in one namespace.
+        candidate: the function under test, where it is known; a built-in may have its name.
+        test: source of the statements.
+    """
 
     sources: Sequence[str]
+    candidate: str
     test: str
 
     async def run(self, runner: ProgramRunner) -> Outcome:
         """Run the statements; only their normal end counts as passed."""
-        request = {"mode": "assert", "sources": self.sources, "test": self.test}
+        request = {
+            "mode": "assert",
+            "sources": self.sources,
+            "candidate": self.candidate,
+            "test": self.test,
+        }
         return _passed(await _drive(runner, request))
 
 
@@ -166,12 +210,13 @@ async def inspect(
         InfrastructureError: the sandbox cannot do that.
     """
     request = {"mode": "inspect", "readings": readings, "preamble": preamble, "test": test}
-    report = await _drive(runner, request)
+    report = _read_report(await _drive(runner, request))
     # Without a report the compiler took too long, or was crashed by what it read.
     return Inspection(report.get("reading"), report.get("tests"), report.get("broken"))
 
 
-def _passed(report: Mapping[str, Any]) -> Outcome:
+def _passed(report_text: str) -> Outcome:
+    report = _read_report(report_text) if len(report_text) <= LARGE_TEXT else {}
     return "passed" if report.get("passed") is True else _failure(report)
 
 
@@ -179,16 +224,21 @@ def _failure(report: Mapping[str, Any]) -> Outcome:
     return "stopped" if report.get("signal") in _SIGNALS_OF_LIMITS else "failed"
 
 
-async def _drive(runner: ProgramRunner, request: Mapping[str, object]) -> Mapping[str, Any]:
-    """The driver's report; where it made none, the signal that stopped it."""
+async def _drive(runner: ProgramRunner, request: Mapping[str, object]) -> str:
+    """The JSON text of the driver's report; where it made none, of the signal that stopped it."""
     marker = secrets.token_hex(16)
     text = json.dumps({**request, "marker": marker, "driver": _DRIVER})
     result = await runner.run(_DRIVER, stdin=text)
     _, found, report_text = result.stdout.rpartition(marker)
     if not found:
-        return _end_without_report(result, nothing_ran=request["mode"] == "inspect")
+        report = _end_without_report(result, nothing_ran=request["mode"] == "inspect")
+        return json.dumps(report)
+    return report_text
+
+
+def _read_report(text: str) -> Mapping[str, Any]:
     try:
-        report: dict[str, Any] = json.loads(report_text)
+        report: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError):
         return {}  # a value that this Python does not read, such as a number of 5000 digits
     if "infrastructure" in report:
@@ -198,7 +248,7 @@ async def _drive(runner: ProgramRunner, request: Mapping[str, object]) -> Mappin
 
 def _end_without_report(result: SandboxResult, nothing_ran: bool) -> Mapping[str, Any]:
     if result.status != "finished":
-        return {"signal": SIGKILL}
+        return {"signal": int(SIGKILL)}
     if nothing_ran and result.return_code == 1:
         # An exception, where no line of the program had run.
         raise InfrastructureError(f"the code driver failed in the sandbox: {result.stderr[-500:]}")
@@ -207,11 +257,11 @@ def _end_without_report(result: SandboxResult, nothing_ran: bool) -> Mapping[str
 
 def _driver_source() -> str:
     """The driver as one text. A future import may stand only at its beginning."""
-    values, driver = (
+    values, *others = (
         Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for name in ("code_values.py", "code_driver.py")
+        for name in ("code_values.py", "code_sources.py", "code_driver.py")
     )
-    return values + driver.replace(_FUTURE_IMPORT, "")
+    return values + "".join(others).replace(_FUTURE_IMPORT, "")
 
 
 _DRIVER = _driver_source()

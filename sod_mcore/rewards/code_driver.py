@@ -1,21 +1,23 @@
 """Runs inside a sandbox: calls functions of a program under test and says what came of it.
 
-It is not imported by the package: ``code_cases.py`` sends its text, behind that of
-``code_values.py``, to a sandbox; so only the standard library, and nothing newer than Python 3.10.
+It is not imported by the package: ``code_cases.py`` sends its text, behind those of
+``code_values.py`` and ``code_sources.py``, to a sandbox; so only the standard library, and nothing
+newer than Python 3.10.
 
 A program under test must not be able to forge its verdict. It may replace built-ins, patch modules,
 walk the frames above it, or return objects that equal everything. Therefore it runs in a second
 process, a fresh interpreter (``serve_program``), and the test in the first (``judge``). Arguments
-and results go between them as tables of plain values (``pack``, ``unpack``), so nothing that the
-program made runs in the judge. The expected values and the marker, without which no report counts,
-are never in the program's process. What is left to it: it could read the judge's memory where it is
-privileged (the judge makes itself unreadable to its own user, and the local sandbox has no /proc
-and no ptrace).
+and results go between them as tables of plain values (``pack_items``), so nothing that the program
+made runs in the judge. What a call changes in its arguments comes back in the same way; no other
+object of the test is within the program's reach. The expected values and the marker, without which
+no report counts, are never in the program's process. What is left to it: it could read the judge's
+memory where it is privileged (the judge makes itself unreadable to its own user, and the local
+sandbox has no /proc and no ptrace).
 """
 
 from __future__ import annotations
 
-import _ast
+import _sitebuiltins
 import builtins
 import json
 import os
@@ -28,7 +30,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from sod_mcore.rewards.code_values import SOLUTION_MODULE, pack, unpack
+    from sod_mcore.rewards.code_sources import (
+        compile_source,
+        find_check,
+        inspect_sources,
+        keep_one_test,
+        parse,
+    )
+    from sod_mcore.rewards.code_values import SOLUTION_MODULE, pack_items, unpack_items
 
 SERVE_PROGRAM = "serve-program"
 PR_SET_DUMPABLE = 4  # linux/prctl.h
@@ -62,17 +71,34 @@ def serve_program() -> None:
 
     setting = json.loads(requests.readline())
     sys.path[:] = setting["path"]
+    for name in ("exit", "quit"):  # as site has them, which -S leaves out
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     answer({"ready": True})
     names = make_namespace()
-    answer(attempt(load, setting["sources"], names))
+    given: dict[str, object] = {}
+    answer(attempt(load_program, setting["sources"], names, given))
     for line in requests:
-        answer(attempt(call_candidate, json.loads(line), names))
+        answer(attempt(call_candidate, json.loads(line), names, given))
+
+
+def load_program(sources: list[str], names: dict[str, object], given: dict[str, object]) -> None:
+    """Run the last source, the program itself, behind the others; ``given`` gets what those define.
+
+    A program that ends itself well, as by ``exit()`` in its last line, has been loaded.
+    """
+    load(sources[:-1], names)
+    given.update(names)
+    try:
+        load(sources[-1:], names)
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
 
 
 def load(sources: list[str], names: dict[str, object]) -> None:
     """Run sources one after the other in one namespace."""
     for source in sources:
-        exec(compile(source, "<code>", "exec"), names)
+        exec(compile_source(source, "<code>"), names)
 
 
 def attempt(action: Callable[..., object], *arguments: object) -> dict[str, object]:
@@ -83,18 +109,48 @@ def attempt(action: Callable[..., object], *arguments: object) -> dict[str, obje
         return {"raised": type(error).__name__}
 
 
-def call_candidate(call: dict[str, Any], names: dict[str, Any]) -> list[Any]:
-    """The packed result of the candidate for the packed [positional, named] arguments."""
-    positional, named = unpack(call["arguments"], names)
-    return pack(find_candidate(call["candidate"], names)(*positional, **named))
+def call_candidate(
+    call: dict[str, Any], names: dict[str, Any], given: dict[str, object]
+) -> dict[str, object]:
+    """Call the candidate with the arguments that the table ``call["arguments"]`` holds.
+
+    Returns:
+        {"changes", "table"}. Where "changes" is true, the first rows are those of the arguments as
+        they are now, None for one that is as it was; false where the caller does not want them, or
+        where an argument now holds something that cannot be packed. The row behind them is a list
+        of the result.
+    """
+    sent = call["arguments"]
+    items = unpack_items(sent, names)
+    positional, named = items[0]
+    result = find_candidate(call["candidate"], names, given)(*positional, **named)
+    if call["wants_changes"]:
+        try:
+            table = pack_items([*items, [result]])
+        except TypeError:
+            return {"changes": False, "table": pack_items([[result]])}
+        rows = zip(table, sent, strict=False)
+        changed = [None if row == before else row for row, before in rows]
+        return {"changes": True, "table": changed + table[len(sent) :]}
+    return {"changes": False, "table": pack_items([[result]])}
 
 
-def find_candidate(candidate: str, names: dict[str, Any]) -> Any:
-    """A function, or else the method of a Solution; or the value of an expression."""
+def find_candidate(candidate: str, names: dict[str, Any], given: dict[str, object]) -> Any:
+    """A method of the program's Solution, or else its function; or the value of an expression.
+
+    What stood before the program does not count as its own: a library has functions of the same
+    names as many problems.
+    """
     if not candidate.isidentifier():
-        return eval(candidate, names)
-    if candidate not in names and "Solution" in names:
+        return eval(compile_source(candidate, "<candidate>", "eval"), names)
+
+    def is_own(name: str) -> bool:
+        return name in names and not (name in given and names[name] is given[name])
+
+    if is_own("Solution") and (hasattr(names["Solution"], candidate) or not is_own(candidate)):
         return getattr(names["Solution"](), candidate)
+    if not is_own(candidate):
+        raise NameError(candidate)
     return names[candidate]
 
 
@@ -160,29 +216,46 @@ def become_program(driver: str, requests: int, replies: int) -> None:
 class Remote:
     """A function of the program: a call is done in the program's process.
 
-    It works on copies: what it changes in its arguments, the test does not see.
+    It works on copies there. What it changes in lists, dicts, sets and objects that its arguments
+    hold is then done here to the test's own, and to nothing else; a result that is one of them is
+    the test's own.
     """
 
-    def __init__(self, program: Program, candidate: str, names: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        candidate: str,
+        names: Mapping[str, object],
+        wants_changes: bool = True,
+    ) -> None:
         self._program, self._candidate, self._names = program, candidate, names
+        self._wants_changes = wants_changes
 
     def __call__(self, *positional: object, **named: object) -> Any:
-        arguments = pack([positional, named])
-        reply = self._program.ask({"candidate": self._candidate, "arguments": arguments})
-        if "value" in reply:
-            return unpack(reply["value"], self._names)
-        raise exception_named(reply["raised"])
+        items: list[Any] = [[positional, named]]
+        call = {
+            "candidate": self._candidate,
+            "arguments": pack_items(items),
+            "wants_changes": self._wants_changes,
+        }
+        reply = self._program.ask(call)
+        if "value" not in reply:
+            raise exception_named(reply["raised"])
+        known = items if reply["value"]["changes"] and self._wants_changes else []
+        (result,) = unpack_items(reply["value"]["table"], self._names, known)[len(known)]
+        return result
 
 
 class RemoteNames(dict[str, object]):
-    """A namespace in which every name that it lacks is a function of the program."""
+    """A namespace in which every name that it lacks is a function of the program; so is the one
+    under test, even where a built-in has its name."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, tested: str) -> None:
         super().__init__()
-        self._program = program
+        self._program, self._tested = program, tested
 
     def __missing__(self, name: str) -> Remote:
-        if hasattr(builtins, name):
+        if hasattr(builtins, name) and name != self._tested:
             raise KeyError(name)
         return Remote(self._program, name, self)
 
@@ -235,7 +308,8 @@ def judge(request: dict[str, Any]) -> dict[str, object]:
 
 def call_test(program: Program, request: dict[str, Any]) -> dict[str, object]:
     """The value of one call; whether it is right is decided outside."""
-    return {"value": Remote(program, request["candidate"], {})(*request["arguments"])}
+    candidate = Remote(program, request["candidate"], {}, wants_changes=False)
+    return {"value": candidate(*request["arguments"])}
 
 
 def check_test(program: Program, request: dict[str, Any]) -> dict[str, object]:
@@ -248,14 +322,15 @@ def check_test(program: Program, request: dict[str, Any]) -> dict[str, object]:
     candidate = Remote(program, request["candidate"], names)
     if request["candidate"].isidentifier():
         names[request["candidate"]] = candidate  # some tests call it by its name
-    exec(compile(tree, "<test>", "exec"), names)
+    exec(compile_source(tree, "<test>"), names)
     names["check"](candidate)
     return {"passed": True}
 
 
 def assert_test(program: Program, request: dict[str, Any]) -> dict[str, object]:
     """Statements that name the program's functions themselves."""
-    exec(compile(request["test"], "<test>", "exec"), RemoteNames(program))
+    names = RemoteNames(program, request["candidate"])
+    exec(compile_source(request["test"], "<test>"), names)
     return {"passed": True}
 
 
@@ -264,66 +339,6 @@ TESTS: dict[str, Callable[[Program, dict[str, Any]], dict[str, object]]] = {
     "check": check_test,
     "assert": assert_test,
 }
-
-
-# What can be said before any line of the program runs
-
-
-def inspect_sources(request: dict[str, Any]) -> dict[str, object]:
-    """The first reading of the program that compiles, and the number of the test's asserts."""
-    report: dict[str, object] = {"reading": None, "tests": None, "broken": None}
-    try:
-        compile(request["preamble"], "<preamble>", "exec")
-        check = find_check(parse(request["test"]))
-        report["tests"] = None if check is None else len(tests_of(check))
-    except (SyntaxError, ValueError) as error:
-        report["broken"] = str(error)
-    readings = enumerate(request["readings"])
-    compiling = (index for index, sources in readings if all(map(compiles, sources)))
-    report["reading"] = next(compiling, None)
-    return report
-
-
-def compiles(source: str) -> bool:
-    """Whether the compiler takes a source, whatever it says to it."""
-    try:
-        compile(source, "<code>", "exec")
-    except Exception:
-        return False
-    return True
-
-
-def parse(source: str) -> Any:
-    """The syntax tree of a module."""
-    return compile(source, "<test>", "exec", _ast.PyCF_ONLY_AST)
-
-
-def find_check(tree: Any) -> Any:
-    """The function ``check`` of a test, or None."""
-    functions = [node for node in tree.body if isinstance(node, _ast.FunctionDef)]
-    return next((function for function in functions if function.name == "check"), None)
-
-
-def tests_of(check: Any) -> list[int]:
-    """Positions of the statements of ``check`` that assert something; each is one test."""
-    return [place for place, node in enumerate(check.body) if has_assert(node)]
-
-
-def has_assert(node: Any) -> bool:
-    """Whether a statement is an assert or holds one."""
-    if isinstance(node, _ast.Assert):
-        return True
-    if isinstance(node, (_ast.FunctionDef, _ast.ClassDef)):
-        return False  # a helper of the tests
-    blocks = [getattr(node, name, []) for name in ("body", "orelse", "finalbody", "handlers")]
-    return any(has_assert(child) for block in blocks if isinstance(block, list) for child in block)
-
-
-def keep_one_test(check: Any, index: int) -> None:
-    """Drop the other tests; statements that assert nothing are kept for every test."""
-    tests = tests_of(check)
-    others = set(tests) - {tests[index]}
-    check.body = [node for place, node in enumerate(check.body) if place not in others]
 
 
 def main() -> None:

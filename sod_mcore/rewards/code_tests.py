@@ -3,7 +3,8 @@
 - `{"inputs", "outputs"}`: standard input and output of whole programs;
 - the same with `"fn_name"`: calls of a function. An input is a text with the JSON of one argument
   a line (LiveCodeBench) or a list of arguments (TACO); with `"assert_case"`, a text that is not
-  empty takes the place of the input and output at its position, and asserts something;
+  empty takes the place of the input and output at its position, and asserts something; see
+  `code_asserts.py` for what it may do;
 - `{"entry_point", "import_prefix", "test_code"}` (LeetCode): `test_code` defines
   `check(candidate)`, in which each asserting statement is one test;
 - `{"entry_point", "prompt", "test"}` (HumanEval): the whole `check(candidate)` is one test.
@@ -13,10 +14,12 @@ A ground truth is data, not a program under test: it is read here as JSON or as 
 
 import ast
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sod_mcore.rewards.code_asserts import refusal
 from sod_mcore.rewards.code_cases import (
     AssertCase,
     CallCase,
@@ -26,13 +29,17 @@ from sod_mcore.rewards.code_cases import (
     Inspection,
     StdinCase,
 )
+from sod_mcore.rewards.code_sources import inspect_sources
 
-_STARS = (
+_MODULES = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools "
-    "operator io json typing"
+    "operator io sys json builtins typing"
 )
-CALL_PRELUDE = "".join(f"from {name} import *\nimport {name}\n" for name in _STARS.split()) + (
-    "import sys\nsys.setrecursionlimit(50000)\n"
+# The built-ins come late: math and operator have a pow of their own, for example.
+CALL_PRELUDE = (
+    "".join(f"from {name} import *\n" for name in _MODULES.split())
+    + "".join(f"import {name}\n" for name in _MODULES.split())
+    + "sys.setrecursionlimit(50000)\n"
 )
 """What solutions of call-based problems may take for granted, as on the sites they come from: the
 starter code of such problems already writes `List[int]`. As LiveCodeBench has it."""
@@ -106,7 +113,7 @@ class CallTests:
     def cases(self, sources: Sequence[str], inspection: Inspection) -> Sequence[Case]:
         """One for each call."""
         return [
-            AssertCase(sources, call)
+            AssertCase(sources, self.function, call)
             if isinstance(call, str)
             else CallCase(sources, self.function, *call)
             for call in self.calls
@@ -161,16 +168,31 @@ def read_tests(ground_truth: str) -> CodeTests:
     row = _read_row(ground_truth)
     if "test_code" in row:
         return LeetCodeTests(
-            _text(row, "entry_point"), _text(row, "import_prefix"), _text(row, "test_code")
+            _expression(row, "entry_point"), _text(row, "import_prefix"), _text(row, "test_code")
         )
     if "test" in row:
-        return HumanEvalTests(_text(row, "entry_point"), _text(row, "prompt"), _text(row, "test"))
+        return HumanEvalTests(
+            _expression(row, "entry_point"), _text(row, "prompt"), _text(row, "test")
+        )
     if "inputs" in row:
         return _read_inputs(row)
     raise ValueError(
         f"ground_truth has the fields {', '.join(sorted(row)) or 'none'}: give inputs and outputs; "
         "or entry_point, import_prefix and test_code; or entry_point, prompt and test"
     )
+
+
+def check_tests(ground_truth: str) -> None:
+    """Refuse a data row that a verifier would refuse, without running anything.
+
+    Raises:
+        ValueError: in one line, the field, its value and the mend.
+    """
+    problem = read_tests(ground_truth)
+    request = {"readings": [], "preamble": problem.preamble, "test": problem.test}
+    with warnings.catch_warnings(action="ignore"):
+        report: dict[str, Any] = inspect_sources(request)
+    problem.cases(problem.readings("")[0], Inspection(0, report["tests"], report["broken"]))
 
 
 def _read_row(ground_truth: str) -> dict[str, Any]:
@@ -189,7 +211,7 @@ def _read_text(text: str) -> object:
     except (ValueError, RecursionError) as error:
         try:
             # The reference reads its rows as Python literals, so some may be.
-            return ast.literal_eval(text)
+            return json.loads(json.dumps(ast.literal_eval(text)))
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             message = f"ground_truth = {_short(text)}: give a JSON object ({error})"
             raise ValueError(message) from error
@@ -211,14 +233,31 @@ def _read_inputs(row: dict[str, Any]) -> CodeTests:
             [_joined_lines("inputs", value) for value in inputs],
             [None if value is None else _joined_lines("outputs", value) for value in outputs],
         )
-    function = _text(row, "fn_name") if row.get("fn_name") else ""
+    for text in asserts:
+        _check_assert(text)
+    if not all(asserts):
+        _expression(row, "fn_name")
     return CallTests(
-        function,
+        _expression(row, "fn_name") if row.get("fn_name") else "",
         [
             text or (_read_arguments(value), _read_expected(value, output))
             for value, output, text in zip(inputs, outputs, asserts, strict=True)
         ],
     )
+
+
+def _check_assert(text: object) -> None:
+    if text and not isinstance(text, str):
+        raise ValueError(
+            f"an item of ground_truth['assert_case'] = {_short(text)}: give a text, or an empty one"
+        )
+    reason = refusal(text) if isinstance(text, str) else None
+    if reason is not None:
+        raise ValueError(
+            f"an item of ground_truth['assert_case'] = {_short(text)}: {reason}. Give statements "
+            "that call functions of the program by their names and assert something of the plain "
+            "values that they return; import and define there what else they need"
+        )
 
 
 def _read_arguments(value: object) -> list[object]:
@@ -275,6 +314,19 @@ def _text(row: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"ground_truth[{name!r}] = {_short(value)}: give a text")
     return value
+
+
+def _expression(row: dict[str, Any], name: str) -> str:
+    """The name of a function, or an expression such as `Solution().f`."""
+    text = _text(row, name)
+    try:
+        ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise ValueError(
+            f"ground_truth[{name!r}] = {_short(text)}: give the name of a function, or an "
+            "expression such as Solution().name"
+        ) from error
+    return text
 
 
 def _list(row: dict[str, Any], name: str) -> list[Any]:

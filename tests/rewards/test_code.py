@@ -39,7 +39,7 @@ class TestStdin:
             "right",
             READ_AND_ADD + "\n",
             1.0,
-            {"tests": 4.0, "tests_passed": 4.0, "timeouts": 0.0},
+            {"tests": 4.0, "tests_passed": 4.0, "tests_stopped": 0.0},
         )
 
     async def test_share(self, sandbox: Sandbox) -> None:
@@ -78,7 +78,7 @@ class TestStdin:
             program = "if int(input()) > 1:\n    import time\n    time.sleep(60)\nprint(1)"
             row = {"inputs": ["1", "2"], "outputs": ["1", "1"]}
             wrong = await verdict(sandbox, program, row)
-        assert (wrong.category, wrong.share, wrong.parts["timeouts"]) == ("wrong", 0.5, 1.0)
+        assert (wrong.category, wrong.share, wrong.parts["tests_stopped"]) == ("wrong", 0.5, 1.0)
 
     @pytest.mark.parametrize(
         "program",
@@ -165,7 +165,7 @@ class TestCalls:
     async def test_cpu_limit(self, sandbox: Sandbox) -> None:
         row = {"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}
         wrong = await verdict(sandbox, "def f(n):\n    while True: pass", row)
-        assert (wrong.category, wrong.parts["timeouts"]) == ("wrong", 1.0)
+        assert (wrong.category, wrong.parts["tests_stopped"]) == ("wrong", 1.0)
 
 
 REVERSE = {

@@ -17,6 +17,13 @@ from sod_mcore.rewards.code_compare import same_output, same_value
         ("", "\n"),
         ("a\n\nb", "a\n  \nb\n"),
         ("a\x0bb\u2028c\n", "a\x0bb\u2028c"),
+        (" 1", "1"),
+        ("\n\n  1\n  2 \n", "1\n2"),
+        ("1.0", "1"),
+        ("0.50 2\nYes", "0.5   2.000\nYes"),
+        ("-0.0 .5 +3", "0 0.5 3"),
+        ("1e-05", "0.00001"),
+        ("1" + "0" * 5000, "1" + "0" * 5000 + ".0"),
     ],
 )
 def test_same_output(actual: str, expected: str) -> None:
@@ -28,13 +35,22 @@ def test_same_output(actual: str, expected: str) -> None:
     ("actual", "expected"),
     [
         ("1\n2", "1 2"),
-        (" 1", "1"),
         ("1\n\n2", "1\n2"),
-        ("\n1", "1"),
         ("1", ""),
         ("1\n2", "1"),
-        ("1.0", "1"),
         ("Yes", "yes"),
+        ("1.0000001", "1"),
+        ("0.1 0.2", "0.1"),
+        ("12", "1 2"),
+        ("1.0\n2", "1 2"),
+        ("x 1.0", "x 1"),
+        ("nan", "NaN"),
+        ("inf", "Infinity"),
+        ("1_0", "10"),
+        ("1e9999", "10e9998"),
+        ("१", "1"),
+        ("0x10", "16"),
+        ("", "0"),
     ],
 )
 def test_different_output(actual: str, expected: str) -> None:
@@ -47,6 +63,17 @@ def test_a_long_output_is_compared_quickly() -> None:
     started = time.monotonic()
     assert same_output(text, text + "\n")
     assert not same_output(text, text + "500000\n")
+    assert time.monotonic() - started < 10
+
+
+def test_hostile_numbers_are_compared_quickly() -> None:
+    digits = "9" * 1_000_000
+    started = time.monotonic()
+    assert not same_output(digits + "1", digits + "2")
+    assert not same_output(digits + "x", digits + "y")
+    assert not same_output("1 " * 500_000 + "x", "1 " * 500_000 + "y")
+    assert not same_output("1e999 " * 200_000, "1e-999 " * 200_000)
+    assert same_output("1.0 " * 200_000, "1 " * 200_000)
     assert time.monotonic() - started < 10
 
 

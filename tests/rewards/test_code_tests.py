@@ -13,7 +13,7 @@ from sod_mcore.rewards.code_cases import (
     Inspection,
     StdinCase,
 )
-from sod_mcore.rewards.code_tests import CALL_PRELUDE, read_tests
+from sod_mcore.rewards.code_tests import CALL_PRELUDE, check_tests, read_tests
 
 INSPECTION = Inspection(reading=0, tests=2, broken=None)
 
@@ -58,7 +58,7 @@ def test_asserts_beside_calls() -> None:
     }
     sources = [CALL_PRELUDE, "P"]
     assert cases(row) == [
-        AssertCase(sources, "assert f(1) == 2"),
+        AssertCase(sources, "f", "assert f(1) == 2"),
         CallCase(sources, "f", [1], ExpectedValue(2, "2")),
     ]
 
@@ -90,6 +90,8 @@ def test_json_twice_and_python_literals_are_read_too() -> None:
     row = {"inputs": ["1"], "outputs": ["1"]}
     assert read_tests(json.dumps(json.dumps(row))) == read_tests(json.dumps(row))
     assert read_tests(str({**row, "fn_name": None})) == read_tests(json.dumps(row))
+    calls = {"inputs": [[(1, 2)]], "outputs": [(3,)], "fn_name": "f"}
+    assert read_tests(str(calls)) == read_tests(json.dumps(calls))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,19 @@ def test_json_twice_and_python_literals_are_read_too() -> None:
             {"inputs": ["1"], "outputs": ["1"], "assert_case": ["", ""]},
             "'assert_case'. has 2 items, inputs has 1: give one",
         ),
+        (
+            {"inputs": ["1"], "outputs": ["1"], "assert_case": [5]},
+            "'assert_case'. = 5: give a text, or an empty one",
+        ),
+        (
+            {"inputs": ["", "1"], "outputs": ["", "1"], "assert_case": ["assert f(1)", ""]},
+            "'fn_name'. = None: give a text",
+        ),
+        (
+            {"inputs": ["1"], "outputs": ["1"], "fn_name": "f("},
+            "'fn_name'. = 'f.': give the name of a function, or an expression such as Solution",
+        ),
+        ("{'inputs': [[{1, 2}]], 'outputs': [[3]], 'fn_name': 'f'}", "give a JSON object"),
         ({"test_code": "", "entry_point": "f"}, "'import_prefix'. = None: give a text"),
         ({"test": "", "prompt": ""}, "'entry_point'. = None: give a text"),
     ],
@@ -158,3 +173,47 @@ def test_accepted_values(expected: ExpectedValue, actual: object) -> None:
 )
 def test_refused_values(expected: ExpectedValue, actual: object) -> None:
     assert not expected.accepts(actual)
+
+
+CALLS = {"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}
+HUMAN_EVAL = {"entry_point": "f", "prompt": "def f():\n    ''", "test": "def check(candidate): ..."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"inputs": ["1"], "outputs": ["1"]},
+        CALLS,
+        LEETCODE,
+        HUMAN_EVAL,
+        {**HUMAN_EVAL, "test": "def check(candidate):\n    assert candidate('\\d')"},
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_good_rows_are_checked_without_a_run(row: object) -> None:
+    check_tests(json.dumps(row))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"inputs": ["1"], "outputs": []}, "'outputs'. has 0 items"),
+        ({**CALLS, "inputs": ["x"]}, "with fn_name, give the JSON"),
+        (
+            {**LEETCODE, "test_code": "def check(candidate):\nassert"},
+            "'test_code'.*expected an ind",
+        ),
+        ({**LEETCODE, "test_code": "def test(candidate): ..."}, "'test_code'.*no function check"),
+        ({**LEETCODE, "test_code": "x = '\0'"}, "'test_code'.*null bytes"),
+        ({**LEETCODE, "test_code": "(" * 5000}, "'test_code'.*too many nested"),
+        ({**LEETCODE, "test_code": "x = " + "-" * 200_000 + "1"}, "'test_code'"),
+        ({**LEETCODE, "import_prefix": "return 1"}, "'test_code'.*outside function"),
+        ({**HUMAN_EVAL, "prompt": "def f():\n"}, "'test'.*expected an indented block"),
+        ({**HUMAN_EVAL, "entry_point": "f g"}, "'entry_point'. = 'f g': give the name of"),
+    ],
+    ids=lambda value: repr(value)[-40:],
+)
+def test_bad_rows_are_found_without_a_run(row: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        check_tests(json.dumps(row))
+    assert "\n" not in str(caught.value)
