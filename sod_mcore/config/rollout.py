@@ -105,8 +105,8 @@ class RewardConfig:
     workers: Positive = 2
     """Processes in which verifiers run that need no sandbox."""
     timeout_seconds: Seconds = 10.0
-    """Longest time that such a verifier may take for one answer; the answer then counts as wrong
-    and as reward/category/timeout."""
+    """CPU time that such a verifier may take for one answer, and six times that by the clock; the
+    answer then counts as wrong and as reward/category/timeout."""
     tool_use: Literal["none", "intended", "released"] = "none"
     """Shaping of negative rewards by tool calls: none; +0.1 a call up to -0.6, as the reference
     means it; or -0.1 for all, as it was released."""

@@ -12,7 +12,7 @@ from typing import Any
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import ConfigError, EvalConfig
 from sod_mcore.data import split_by_length
-from sod_mcore.evaluation.data_sets import DataSet, sources_of
+from sod_mcore.evaluation.data_sets import DataSet
 from sod_mcore.report import require_wandb
 from sod_mcore.rollout.judge import check_verifiers
 from sod_mcore.serving.model_folder import read_model_folder
@@ -65,7 +65,7 @@ def check_prompts(config: EvalConfig, data_sets: Sequence[DataSet]) -> None:
         ConfigError: one line, whatever it is.
     """
     prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
-    check_verifiers(config.reward, sources_of(data_sets))
+    check_verifiers(config.reward, prompts)
     renderer = ChatRenderer.from_folder(
         config.serving.student.model_path, enable_thinking=config.chat.enable_thinking
     )

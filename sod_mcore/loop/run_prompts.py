@@ -44,7 +44,7 @@ def read_run_prompts(config: SodConfig) -> RunPrompts:
     evaluation = read_evaluation_prompts(config)
     prompts = RunPrompts(tuple(train), tuple(evaluation))
     _check_number(config, train)
-    check_verifiers(config.reward, prompts.sources)
+    check_verifiers(config.reward, [*train, *evaluation])
     check_teacher_prompts(config, train)
     if evaluation:
         held_out = [q for file in config.evaluation.data_files for q in read_questions(file)]

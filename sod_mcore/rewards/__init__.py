@@ -10,7 +10,7 @@ from sod_mcore.rewards.interface import (
     Verifier,
 )
 from sod_mcore.rewards.pool import GraderPool, PooledVerifier
-from sod_mcore.rewards.registry import SourceTable, VerifierRegistry, find_grader
+from sod_mcore.rewards.registry import SourceTable, VerifierRegistry, check_row, find_grader
 from sod_mcore.rewards.shaping import overlong_penalty, shape, tool_use_shaping
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Verdict",
     "Verifier",
     "VerifierRegistry",
+    "check_row",
     "extract_last_boxed",
     "find_grader",
     "overlong_penalty",

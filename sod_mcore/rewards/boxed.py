@@ -1,11 +1,14 @@
 r"""Extraction of the final answer from `\boxed{...}`, with nested braces."""
 
 import re
+from collections import deque
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-_OPENING = r"\boxed{"
+from sod_mcore.rewards.thinking import without_thinking
+
+_OPENING = re.compile(r"\\boxed\s*\{")
 _BRACE_OR_ESCAPED = re.compile(r"\\.|[{}]", re.DOTALL)
 
 LONGEST_ANSWER = 1000
@@ -27,10 +30,11 @@ class BoxedAnswer:
 
 
 def read_boxed_answer(response_text: str) -> BoxedAnswer:
-    r"""The last box of a response, and what is the matter with it."""
-    content = extract_last_boxed(response_text)
+    r"""The last box of a response behind its thinking, and what is the matter with it."""
+    text = without_thinking(response_text)
+    content = extract_last_boxed(text)
     if content is None:
-        return BoxedAnswer("", "bad_format" if _OPENING in response_text else "no_answer")
+        return BoxedAnswer("", "bad_format" if _OPENING.search(text) else "no_answer")
     answer = content.strip()
     if len(answer) > LONGEST_ANSWER:
         return BoxedAnswer(answer[:LONGEST_ANSWER], "bad_format")
@@ -42,10 +46,10 @@ def extract_last_boxed(text: str) -> str | None:
 
     A backslash takes the next character out of the count, so that `\{` and `\}` are content.
     """
-    opening = text.rfind(_OPENING)
-    if opening < 0:
+    last = deque(_OPENING.finditer(text), maxlen=1)
+    if not last:
         return None
-    start = opening + len(_OPENING)
+    start = last[0].end()
     depth = 1
     for match in _BRACE_OR_ESCAPED.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)

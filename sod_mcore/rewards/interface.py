@@ -8,12 +8,16 @@ calls is neither's business; it is added afterwards (``shaping.py``).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 Category = Literal["right", "wrong", "no_answer", "bad_format", "timeout"]
 """What is the matter with an answer. "no_answer": nothing that looks like one; "bad_format": one
 that cannot be read as what was asked for; "timeout": the grader took too long over it. What is
 broken outside the answer is no category but an ``InfrastructureError``."""
+
+
+class VerdictError(ValueError):
+    """A grader made a verdict that is none."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,36 @@ class Verdict:
         share: from 0 to 1, the share of tests passed, where the reward is to be that share; None
             where there is only right and wrong.
         parts: named numbers for the logs.
+
+    Raises:
+        VerdictError: there is no such category, or the share is no number from 0 to 1.
     """
 
     category: Category
     prediction: str = ""
     share: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what would silently become a wrong reward."""
+        categories = get_args(Category)
+        if self.category not in categories:
+            raise VerdictError(
+                f"Verdict: category = {self.category!r}: give one of {', '.join(categories)}"
+            )
+        share = as_plain_number(self.share)
+        is_number = isinstance(share, (int, float)) and 0.0 <= share <= 1.0
+        if share is not None and not is_number:
+            raise VerdictError(
+                f"Verdict: share = {self.share!r}: give a number from 0 to 1, or None"
+            )
+        object.__setattr__(self, "share", share)
+
+
+def as_plain_number(value: object) -> object:
+    """Python's number for a NumPy or torch scalar; anything else as it is."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "ndim", None) == 0 else value
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,21 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Basic
 
-from sod_mcore.rewards.answer_text import is_words, normalised_words, unwrap, without_spacing
+from sod_mcore.rewards.answer_text import (
+    is_words,
+    may_be_same_mathematics,
+    normalised_words,
+    unwrap,
+    with_commands,
+    without_spacing,
+)
 from sod_mcore.rewards.boxed import LONGEST_ANSWER, nesting_depth, read_boxed_answer
 from sod_mcore.rewards.interface import Verdict
+from sod_mcore.rewards.math_truth import DEEPEST_NESTING, read_truth
 from sod_mcore.rewards.plain_numbers import is_same_quantity, read_quantity
 
 _E_NOTATION = re.compile(r"(?<=\d)[eE]([+-]?\d{1,3})(?!\d)")
 _STRICT_WINDOW = 100
-_DEEPEST_NESTING = 20
-"""math-verify takes seconds over 15 braces within each other, and minutes over hundreds."""
 
 
 def math_verify_grader(
@@ -36,7 +42,7 @@ def math_verify_grader(
     Raises:
         ValueError: the ground truth is empty.
     """
-    truth = _read_truth(ground_truth)
+    truth = read_truth(ground_truth)
     box = read_boxed_answer(response_text)
     if box.problem:
         return Verdict(box.problem, box.text)
@@ -73,27 +79,20 @@ def _matched_braces(text: str) -> str | None:
     return None
 
 
-def _read_truth(ground_truth: str) -> str:
-    box = read_boxed_answer(ground_truth)
-    truth = unwrap(ground_truth if box.problem else box.text)
-    is_empty_box = box.problem is not None and r"\boxed" in truth
-    if is_empty_box or not truth.strip("$ "):
-        raise ValueError(
-            f"ground_truth = {ground_truth!r}: a mathematical answer is needed, such as '12', "
-            r"'\frac{1}{2}' or 'x+1'"
-        )
-    return truth
-
-
 def _is_same_answer(answer: str, truth: str) -> bool | None:
     """Whether the answers are the same; None if the first cannot be read."""
+    answer, truth = with_commands(answer), with_commands(truth)
     if without_spacing(answer) == without_spacing(truth):
         return True
     answered, right = read_quantity(answer), read_quantity(truth)
     if answered and right:
         return is_same_quantity(answered, right)
-    if right is None and (is_words(truth) or len(truth) > LONGEST_ANSWER):
-        return normalised_words(answer) == normalised_words(truth)
+    is_too_long = len(truth) > LONGEST_ANSWER
+    if right is None and (is_words(truth) or is_too_long):
+        if normalised_words(answer) == normalised_words(truth):
+            return True
+        if is_too_long or not may_be_same_mathematics(answer, truth):
+            return False
     return _has_same_value(answer, truth)
 
 
@@ -102,14 +101,14 @@ def _has_same_value(answer: str, truth: str) -> bool | None:
     if not parsed_answer:
         return None
     # Limits of math-verify's own work by signals, on the main thread only; the pool has one.
-    if not verify(parsed_truth, parsed_answer, timeout_seconds=None):
+    if not verify(parsed_truth, parsed_answer, timeout_seconds=None, allow_set_relation_comp=True):
         return False
     return not any(_differ_in_size(a, t) for a in parsed_answer for t in parsed_truth)
 
 
 def _parse(answer: str) -> list[Any]:
     """sympy's expression of an answer in a list; an empty list if it is none."""
-    if nesting_depth(answer) > _DEEPEST_NESTING:
+    if nesting_depth(answer) > DEEPEST_NESTING:
         return []
     latex = _E_NOTATION.sub(r"\\times 10^{\1}", answer).replace("**", "^")
     expressions: list[Any] = parse(

@@ -6,10 +6,14 @@ sides is therefore compared here, and only the rest there.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from types import MappingProxyType
+from typing import Final
 
 from sod_mcore.rewards.boxed import LONGEST_ANSWER
+from sod_mcore.rewards.units import read_unit
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 """Between a decimal number and a right answer that is not an integer: 0.333333 is 1/3."""
@@ -22,7 +26,7 @@ _SPELLINGS = (
     (re.compile(r"\\?\$|\\[()\[\]]"), ""),
     (re.compile(r"\\%"), "%"),
     (re.compile(r"\\times|\\cdot|[×·]"), "*"),
-    (re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)\s*"), " deg"),
+    (re.compile(r"\s*(?:(?:\{\s*\})?\^\s*\{?\s*\\circ\s*\}?|°|\\degree)\s*"), " deg "),
     (re.compile(r"[−–]"), "-"),
 )
 _DECIMAL = r"(?:(?:\d{1,3}(?:[ ,]\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)"
@@ -31,6 +35,7 @@ _QUANTITY = re.compile(
     (?:
         \\frac\s*\{{\s*(?P<top>[+-]?{_DECIMAL})\s*\}}\s*\{{\s*(?P<bottom>{_DECIMAL})\s*\}}
       | \\frac\s*(?P<top_digit>\d)\s*(?P<bottom_digit>\d)
+      | (?P<whole>\d+)\s+(?P<over>\d+)\s*/\s*(?P<under>\d+)
       | (?P<numerator>\d+)\s*/\s*(?P<denominator>\d+)
       | (?P<decimal>{_DECIMAL})
         (?:[eE](?P<e>[+-]?\d{{1,3}})|\s*[*x]\s*10\s*\^\s*\{{?\s*(?P<power>[+-]?\d{{1,3}})\s*\}}?)?
@@ -38,20 +43,19 @@ _QUANTITY = re.compile(
     (?P<unit>.*)""",
     re.VERBOSE | re.ASCII | re.DOTALL,
 )
-_WRAPPED_UNIT = re.compile(
-    r"\s*\\(?:text|textrm|textbf|mathrm|operatorname)\s*\{(?P<unit>[^{}]*)\}"
+_IN_BRACES = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+_WRAPPED = re.compile(r"\\(?:text|textrm|textbf|mathrm|operatorname|mbox|rm)\s*" + _IN_BRACES)
+_FRACTION = re.compile(rf"\\frac\s*{_IN_BRACES}\s*{_IN_BRACES}")
+_PERCENT = re.compile("%|percent|per cent", re.IGNORECASE)
+_NUMBER_WORD = re.compile(
+    r"\s*(hundred|thousand|million|billion|trillion|dozen)s?\b", re.IGNORECASE
 )
-_UNIT_SHAPE = re.compile(r"[A-Za-zµμΩÅ][A-Za-z0-9µμΩÅ/*^(){} .-]*")
-_UNIT_WORD = re.compile(r"[A-Za-zµμΩÅ]+")
-_SYMBOL = re.compile(
-    "m|s|g|K|M|N|J|W|V|A|C|L|T|F|H|h|u|Å|Ω|cm|mm|km|nm|pm|dm|um|µm|μm|kg|mg|ng|mol|mmol|kmol"
-    "|Hz|kHz|MHz|GHz|Pa|kPa|MPa|eV|keV|MeV|GeV|kJ|MJ|kN|kW|MW|mV|kV|mA|mL|dL|ms|ns|rad|deg|ppm|ppb"
-    "|ft|in|mi|lb|oz|hr|yr|Bq|Ci|Gy|Sv|Wb|lm|lx|Da|kDa"
-)
-_NO_UNIT = re.compile(
-    "and|arccos|arcsin|arctan|cos|cosh|cot|csc|det|exp|for|gcd|lcm|lim|log|max|min|mod|not|pmod"
-    "|sec|sin|sinh|sqrt|tan|tanh"
-)
+_NUMBER_WORDS: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6,
+        "billion": 10**9, "trillion": 10**12,
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,24 @@ def read_quantity(text: str) -> Quantity | None:
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     match = _QUANTITY.fullmatch(text.strip().rstrip("."))
-    unit = None if match is None else _read_unit(match["unit"])
     value = None if match is None else _read_value(match)
-    return None if unit is None or value is None else Quantity(value, unit)
+    if match is None or value is None:
+        return None
+    factor, rest = _read_number_words(_without_wrappers(match["unit"]))
+    unit = _read_unit(rest)
+    return None if unit is None else Quantity(value * factor, unit)
 
 
 def is_same_quantity(answer: Quantity, truth: Quantity) -> bool:
     """Whether the numbers are equal, and the units too where both have one.
 
     Nothing is converted, beside per cent: 50 % is 0.5 and also a bare 50, for questions that ask
-    for a percentage.
+    for a percentage. Where the right answer is a bare 0.5, 0.5 % is wrong.
     """
     if answer.unit and truth.unit and answer.unit != truth.unit:
         return False
     if _is_close(answer.value, truth.value):
-        return True
+        return answer.unit != "%" or truth.unit == "%" or not 0 < abs(truth.value) < 1
     is_only_one_percentage = (answer.unit == "%") != (truth.unit == "%")
     hundredth = Fraction(1, 100)
     return is_only_one_percentage and _is_close(
@@ -99,13 +106,18 @@ def _is_close(answer: Fraction, truth: Fraction) -> bool:
 
 
 def _read_value(match: re.Match[str]) -> Fraction | None:
-    top = match["top"] or match["top_digit"] or match["numerator"] or match["decimal"]
-    bottom = match["bottom"] or match["bottom_digit"] or match["denominator"] or "1"
+    named = match.groupdict()
+    tops, bottoms = (
+        ("top", "top_digit", "numerator", "over", "decimal"),
+        ("bottom", "bottom_digit", "denominator", "under"),
+    )
+    top = next(named[name] for name in tops if named[name])
+    bottom = next((named[name] for name in bottoms if named[name]), "1")
     divisor = _fraction(bottom)
     if divisor == 0:
         return None
     power = int(match["e"] or match["power"] or 0)
-    value = _fraction(top) / divisor * Fraction(10) ** power
+    value = int(match["whole"] or 0) + _fraction(top) / divisor * Fraction(10) ** power
     return -value if match["sign"] == "-" else value
 
 
@@ -113,27 +125,31 @@ def _fraction(text: str) -> Fraction:
     return Fraction(text.replace(",", "").replace(" ", "").rstrip("."))
 
 
-def _read_unit(text: str) -> str | None:
-    r"""The unit behind a number, normalised; None if what stands there is none.
+def _without_wrappers(text: str) -> str:
+    r"""The text behind a number, without `\text`; what was in it is set off by a space.
 
-    A unit is set off by a space or by `\text`: "5 m" is a length, "5m" a product, as is "5 x".
+    Only with `\text` is a fraction one of units: `5\frac{x}{y}` is a product.
+    """
+    plain = _WRAPPED.sub(r" \1", text)
+    return plain if plain == text else _FRACTION.sub(r" \1/(\2)", plain)
+
+
+def _read_number_words(text: str) -> tuple[Fraction, str]:
+    """What "hundred thousand" at the beginning of a text multiplies by, and the rest."""
+    factor = Fraction(1)
+    while match := _NUMBER_WORD.match(text):
+        factor *= _NUMBER_WORDS[match[1].lower()]
+        text = text[match.end() :]
+    return factor, text
+
+
+def _read_unit(text: str) -> str | None:
+    """The unit behind a number, in its one spelling; None if what stands there is none.
+
+    A unit is set off by a space: "5 m" is a length, "5m" a product, as is "5 x".
     """
     if not text.strip():
         return ""
-    if text.strip().lower() in ("%", "percent", "per cent"):
+    if _PERCENT.fullmatch(text.strip()):
         return "%"
-    is_set_off = text[0] == " " or _WRAPPED_UNIT.match(text) is not None
-    plain = _WRAPPED_UNIT.sub(lambda match: " " + match["unit"], text).strip()
-    if not is_set_off or not _UNIT_SHAPE.fullmatch(plain):
-        return None
-    words = _UNIT_WORD.findall(plain)
-    if not all(_is_unit(word) for word in words):
-        return None
-    normalised = [w if _SYMBOL.fullmatch(w) else w.casefold().removesuffix("s") for w in words]
-    rest = re.sub(r"[{} *]", "", _UNIT_WORD.sub("", plain))
-    return " ".join([*normalised, rest]).strip()
-
-
-def _is_unit(word: str) -> bool:
-    """A known symbol, or any other word of three letters or more ("apples")."""
-    return bool(_SYMBOL.fullmatch(word)) or (len(word) > 2 and not _NO_UNIT.fullmatch(word))
+    return read_unit(text) if text[0] == " " else None

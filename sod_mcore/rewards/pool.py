@@ -36,7 +36,8 @@ class GraderPool:
 
         Args:
             workers: processes.
-            timeout_seconds: longest time of one grading, from its start, not from its queueing.
+            timeout_seconds: CPU time of one grading; six times that by the clock end it too, from
+                its start, not from its queueing.
             memory_bytes: address space of each process.
         """
         if workers < 1 or not timeout_seconds > 0:
@@ -88,7 +89,7 @@ class GraderPool:
             worker = await self._take_worker()
             reply = None
             try:
-                reply = await worker.ask(pickled_grader, arguments, self._timeout_seconds)
+                reply = await worker.ask(pickled_grader, arguments)
             except GraderTimeoutError:
                 return Verdict("timeout")
             finally:
@@ -135,7 +136,7 @@ class GraderPool:
 
     async def _start_worker(self) -> WorkerHandle:
         self._refuse_if_closed()
-        worker = await WorkerHandle.start(self._memory_bytes)
+        worker = await WorkerHandle.start(self._memory_bytes, self._timeout_seconds)
         try:
             self._refuse_if_closed()
         except InfrastructureError:

@@ -102,10 +102,32 @@ def _import_and_make(
     return ReasoningGymGrader(dataset_options)
 
 
+def check_row(ground_truth: str, extra_info: Mapping[str, object]) -> None:
+    """Refuse a row that cannot be scored.
+
+    Raises:
+        ValueError: see :meth:`ReasoningGymGrader.__call__`.
+    """
+    dataset = _text_field(extra_info, "dataset")
+    _parse_entry(_text_field(extra_info, "entry"))
+    _refuse_unusable(dataset)
+
+
 def _make_scorer(dataset: str, options: Mapping[str, object]) -> _Scorer:
+    _refuse_unusable(dataset)
+    import reasoning_gym
+
     try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
+        scorer: _Scorer = reasoning_gym.create_dataset(dataset, **options).score_answer
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"dataset_options[{dataset!r}] = {dict(options)!r}: {error}") from error
+    return scorer
+
+
+def _refuse_unusable(dataset: str) -> None:
+    """Raise ValueError unless the package is there and has a safe data set of this name."""
+    try:
+        from reasoning_gym import factory
     except ImportError as error:
         raise ValueError(
             "a data row is to be scored by reasoning-gym, which is not installed: "
@@ -122,16 +144,11 @@ def _make_scorer(dataset: str, options: Mapping[str, object]) -> _Scorer:
             "extra_info['dataset'] = 'composite': it hands answers to other datasets, which may "
             "evaluate them. Name the dataset that each row comes from"
         )
-    if dataset not in DATASETS:
+    if dataset not in factory.DATASETS:
         raise ValueError(
             f"extra_info['dataset'] = {dataset!r}: reasoning-gym has no such dataset. "
-            f"It has: {', '.join(sorted(DATASETS))}"
+            f"It has: {', '.join(sorted(factory.DATASETS))}"
         )
-    try:
-        scorer: _Scorer = reasoning_gym.create_dataset(dataset, **options).score_answer
-    except (AssertionError, TypeError) as error:
-        raise ValueError(f"dataset_options[{dataset!r}] = {dict(options)!r}: {error}") from error
-    return scorer
 
 
 def _text_field(extra_info: Mapping[str, object], name: str) -> str:

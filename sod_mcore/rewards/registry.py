@@ -46,6 +46,18 @@ _GRADERS: Final[Mapping[str, str]] = MappingProxyType(
 """Imported when asked for: sympy takes a while, and reasoning-gym may not be installed."""
 
 
+_ROW_CHECKS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "choice": "sod_mcore.rewards.choice:check_truth",
+        "math_verify": "sod_mcore.rewards.math_truth:check_truth",
+        "minerva": "sod_mcore.rewards.math_truth:check_text",
+        "reasoning_gym": "sod_mcore.rewards.reasoning_gym:check_row",
+        "strict_box": "sod_mcore.rewards.math_truth:check_text",
+    }
+)
+"""Functions of the ground truth and extra_info that raise ValueError where a row is unusable."""
+
+
 def find_grader(name: str, *, math: str = "math_verify") -> Grader:
     """The grader that ``reward.verifiers`` or the built-in table names.
 
@@ -76,6 +88,32 @@ def find_grader(name: str, *, math: str = "math_verify") -> Grader:
         ) from error
     grader: Grader = found() if isinstance(found, type) else found
     return grader
+
+
+def check_row(
+    name: str, ground_truth: str, extra_info: Mapping[str, object], *, math: str = "math_verify"
+) -> None:
+    """Refuse a data row without a usable right answer, before anything is sampled for it.
+
+    Rows of a user's function are not checked.
+
+    Args:
+        name: of the row's verifier, as :meth:`SourceTable.name_for` gives it.
+        ground_truth: the row's.
+        extra_info: the row's.
+        math: what "math" stands for, ``reward.math``.
+
+    Raises:
+        ValueError: in one line, what is wrong with the row.
+    """
+    if name == CODE:
+        module = importlib.import_module("sod_mcore.rewards.code.unit_tests")
+        module.check_tests(ground_truth)
+        return
+    place = _ROW_CHECKS.get(math if name == "math" else name)
+    if place is not None:
+        path, _, attribute = place.partition(":")
+        getattr(importlib.import_module(path), attribute)(ground_truth, extra_info)
 
 
 @dataclass(frozen=True)

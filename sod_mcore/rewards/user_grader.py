@@ -1,11 +1,12 @@
 """A grader that is a function of the user's, named in ``reward.verifiers``."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sod_mcore.config import ConfigError
-from sod_mcore.rewards.interface import Verdict
+from sod_mcore.rewards.interface import Verdict, VerdictError, as_plain_number
 from sod_mcore.user_functions import import_function
 
 UserFunction = Callable[[str, str, Mapping[str, object]], float | bool | Verdict]
@@ -30,9 +31,13 @@ class UserGrader:
         Raises:
             ValueError: the function gave anything else, or raised this itself.
         """
-        result = find_user_function(self.name)(response_text, ground_truth, extra_info)
+        function = find_user_function(self.name)
+        try:
+            result = as_plain_number(function(response_text, ground_truth, extra_info))
+        except VerdictError as error:
+            raise ValueError(f"reward.verifiers: {self.name} made no verdict: {error}") from error
         if isinstance(result, Verdict):
-            return result
+            return self._with_plain_parts(result)
         if isinstance(result, bool):
             return Verdict("right" if result else "wrong")
         if isinstance(result, (int, float)) and 0.0 <= result <= 1.0:
@@ -41,6 +46,18 @@ class UserGrader:
             f"reward.verifiers: {self.name} returned {result!r}; it must return True or False, a "
             "number from 0 to 1, or a Verdict"
         )
+
+    def _with_plain_parts(self, verdict: Verdict) -> Verdict:
+        parts = {}
+        for key, value in verdict.parts.items():
+            number = as_plain_number(value)
+            if not isinstance(number, (int, float)):
+                raise ValueError(
+                    f"reward.verifiers: {self.name} returned a Verdict with parts[{key!r}] = "
+                    f"{value!r}; give a number"
+                )
+            parts[str(key)] = float(number)
+        return dataclasses.replace(verdict, parts=parts)
 
 
 def _import_and_make(name: str) -> UserGrader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from sod_mcore.rewards import (
     SourceTable,
     Verifier,
     VerifierRegistry,
+    check_row,
     find_grader,
     shape,
 )
@@ -110,18 +111,23 @@ def verifier_names(config: RewardConfig, sources: Sequence[str]) -> frozenset[st
     return frozenset(table.name_for(source) for source in sources)
 
 
-def check_verifiers(config: RewardConfig, sources: Sequence[str]) -> None:
-    """Find what is wrong with the verifiers, without starting anything.
+def check_verifiers(config: RewardConfig, prompts: Iterable[Prompt]) -> None:
+    """Find what is wrong with verifiers and their rows, without starting anything.
 
     Raises:
-        ConfigError: a source has no verifier, or one cannot be found.
+        ConfigError: a source has no verifier, one cannot be found, or a row is unusable to its own.
     """
-    try:
-        names = verifier_names(config, sources)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    for name in names - {CODE}:
-        find_grader(name, math=config.math)
+    table = SourceTable(config.verifiers)
+    found: set[str] = set()
+    for prompt in prompts:
+        try:
+            name = table.name_for(prompt.data_source)
+            if name not in found | {CODE}:
+                find_grader(name, math=config.math)
+                found.add(name)
+            check_row(name, prompt.ground_truth, prompt.extra_info, math=config.math)
+        except ValueError as error:
+            raise ConfigError(f"{prompt.prompt_id}: {error}") from error
 
 
 def _make_code_runner(

@@ -11,7 +11,7 @@ import pytest
 
 from scripts.make_data_samples import evaluation_rows, human_eval_row, rl_rows, write_samples
 from sod_mcore.data import DataError, question_text, read_prompts, read_questions
-from sod_mcore.rewards.code_tests import read_tests
+from sod_mcore.rewards.code.unit_tests import read_tests
 from tests.data.files import write_lines
 
 STEPS, TOOL, PLAN = "step by step.", "You may use the tool", "**Note: first analyse"

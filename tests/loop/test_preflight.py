@@ -56,7 +56,11 @@ def prompts(path: Path, questions: list[str], data_source: str = "reasoning_gym"
             "prompt": [{"role": "user", "content": question}],
             "ability": "math",
             "reward_model": {"ground_truth": "4", "style": "rule"},
-            "extra_info": {"index": i},
+            "extra_info": {
+                "index": i,
+                "dataset": "chain_sum",
+                "entry": json.dumps({"question": question, "answer": "4", "metadata": {}}),
+            },
         }
         for i, question in enumerate(questions)
     ]

@@ -2,10 +2,13 @@
 
 import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from sod_mcore.rewards import Verdict
 
@@ -19,6 +22,19 @@ def misbehave(response_text: str, ground_truth: str, extra_info: Mapping[str, ob
                 pass
         case "sleep":
             time.sleep(float(ground_truth))
+        case "burn":
+            end = time.process_time() + float(ground_truth)
+            while time.process_time() < end:
+                pass
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "one long call":
+            pow(7, 10**10)  # gets to no handler of a signal before its end
+        case "long reply":
+            time.sleep(float(ground_truth))
+            return Verdict("right", parts={f"part {n}": 0.0 for n in range(30_000)})
+        case "many parts":
+            return Verdict("right", parts={f"part {n}": 0.0 for n in range(100_000)})
         case "exit":
             os._exit(int(ground_truth))
         case "segfault":
@@ -46,11 +62,27 @@ def share(response_text: str, ground_truth: str, extra_info: Mapping[str, object
         "half": 0.5,
         "all": 1,
         "verdict": Verdict("no_answer"),
+        "numpy yes": np.bool_(True),
+        "numpy half": np.float32(0.5),
+        "numpy verdict": Verdict("wrong", "", np.float32(0.5), {"n": np.int64(3)}),  # type: ignore
         "percent": 50,
         "nan": float("nan"),
         "text": "right",
         "nothing": None,
+        "numpy text": np.str_("right"),
+        "array": np.array([1.0, 0.0]),
     }[response_text]
+
+
+def wrong_verdict(text: str, truth: str, extra_info: Mapping[str, object]) -> Verdict:
+    """Verdicts that are none."""
+    match text:
+        case "category":
+            return Verdict("correct")  # type: ignore[arg-type]
+        case "share":
+            return Verdict("right", share=5.0)
+        case _:
+            return Verdict("right", parts={"note": "long"})  # type: ignore[dict-item]
 
 
 async def asynchronous(text: str, truth: str, extra_info: Mapping[str, object]) -> bool:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sod_mcore.rewards.code_answer import final_program
+from sod_mcore.rewards.code.answer import final_program
 from tests.rewards.code_helpers import fenced
 
 

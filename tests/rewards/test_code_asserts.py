@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sod_mcore.rewards.code_asserts import refusal
-from sod_mcore.rewards.code_tests import check_tests
+from sod_mcore.rewards.code.asserts import refusal
+from sod_mcore.rewards.code.unit_tests import check_tests
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from sod_mcore.rewards.code_compare import same_output, same_value
+from sod_mcore.rewards.code.compare import same_output, same_value
 
 
 @pytest.mark.parametrize(

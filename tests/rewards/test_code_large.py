@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sod_mcore.rewards import code_cases
-from sod_mcore.rewards.code_cases import CallCase, ExpectedValue, StdinCase
+from sod_mcore.rewards.code import cases as code_cases
+from sod_mcore.rewards.code.cases import CallCase, ExpectedValue, StdinCase
 from tests.rewards.code_helpers import FakeRunner, finished
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sod_mcore.rewards.code_cases import (
+from sod_mcore.rewards.code.cases import (
     AssertCase,
     CallCase,
     CheckCase,
@@ -13,7 +13,7 @@ from sod_mcore.rewards.code_cases import (
     Inspection,
     StdinCase,
 )
-from sod_mcore.rewards.code_tests import CALL_PRELUDE, check_tests, read_tests
+from sod_mcore.rewards.code.unit_tests import CALL_PRELUDE, check_tests, read_tests
 
 INSPECTION = Inspection(reading=0, tests=2, broken=None)
 

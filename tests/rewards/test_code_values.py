@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sod_mcore.rewards.code_values import SOLUTION_MODULE, pack, unpack
+from sod_mcore.rewards.code.values import SOLUTION_MODULE, pack, unpack
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 KEYS = st.recursive(SCALARS, lambda inner: st.tuples(inner, inner), max_leaves=4)

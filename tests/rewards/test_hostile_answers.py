@@ -28,6 +28,13 @@ HOSTILE = {
     "a sum": "\\boxed{\\sum_{n=1}^{10^{10}} \\frac{1}{n^{1/2}}}",
     "a large exponent": "\\boxed{1e999999999999}",
     "many digits": "\\boxed{" + "7" * 999 + "}",
+    "one box of many": "\\boxed " * (1 << 20) + "{",
+    "spaces behind a box": "\\boxed" + " " * (1 << 20),
+    "many thoughts": "<think>" * (1 << 20) + "</think>" * (1 << 20),
+    "many units": "\\boxed{13 " + "kilometers per " * 66 + "}",
+    "many words": "\\boxed{12 " + "million " * 120 + "}",
+    "many wrappers": "\\boxed{12" + "\\text{m " * 60 + "}" * 61,
+    "many labels": "\\boxed{" + "the answer is option " * 45 + "}",
     "quotes around quotes": "\\boxed{" + "'" * 500 + "\"" * 500 + "}",
     "NUL": "\\boxed{1\x00} \x00",
     "surrogates": "\\boxed{\ud800\udfff} \udc00",
@@ -53,7 +60,7 @@ async def test_no_answer_hangs_or_breaks_the_pool(pool: GraderPool, kind: str) -
         truth = "A" if name == "choice" else "12"
         verdict = await pool.grade(find_grader(name), HOSTILE[kind], truth, {})
         assert verdict.category != "right", name
-    assert time.monotonic() - began < len(GRADERS) * (LIMIT_SECONDS + 10)
+    assert time.monotonic() - began < len(GRADERS) * (6 * LIMIT_SECONDS + 10)
     good = await pool.grade(find_grader("math_verify"), "\\boxed{12}", "12", {})
     assert good.category == "right"
 

@@ -28,10 +28,15 @@ async def pool() -> AsyncIterator[GraderPool]:
         yield pool
 
 
+def state(process_id: int) -> str:
+    """A process's state as the kernel names it: "T" is stopped, "Z" a zombie."""
+    return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def is_running(process_id: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:
-        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return state(process_id) != "Z"
     except FileNotFoundError:
         return False
 
@@ -53,17 +58,65 @@ async def test_a_hanging_grader_is_killed_and_others_are_not_affected(
     assert not hanging.done()
     assert {verdict.category for verdict in verdicts} == {"right"}
     assert await hanging == Verdict("timeout")
-    assert LIMIT_SECONDS <= time.monotonic() - began < LIMIT_SECONDS + 10
+    assert LIMIT_SECONDS <= time.monotonic() - began < 6 * LIMIT_SECONDS + 10
     assert not is_running(int(process_file.read_text()))
     assert (await pool.grade(misbehave, "answer", "", {})).category == "right"
 
 
-async def test_the_limit_does_not_count_the_wait_for_a_process(pool: GraderPool) -> None:
+async def test_the_limit_does_not_count_other_gradings_of_the_process(pool: GraderPool) -> None:
     seconds = LIMIT_SECONDS / 4
-    sleeps = [pool.grade(misbehave, "sleep", str(seconds), {}) for _ in range(10)]
+    answers = [pool.grade(misbehave, "burn", str(seconds), {}) for _ in range(10)]
     began = time.monotonic()
-    assert {verdict.category for verdict in await asyncio.gather(*sleeps)} == {"right"}
+    assert {verdict.category for verdict in await asyncio.gather(*answers)} == {"right"}
     assert time.monotonic() - began > LIMIT_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("response", "seconds", "category"),
+    [
+        ("burn", "0.1", "right"),
+        ("burn", "60", "timeout"),
+        ("one long call", "", "timeout"),
+        ("sleep", "1.5", "right"),
+        ("sleep", "60", "timeout"),
+    ],
+)
+async def test_the_limit_is_cpu_time_and_six_times_that_by_the_clock(
+    response: str, seconds: str, category: str
+) -> None:
+    async with GraderPool(workers=1, timeout_seconds=0.5) as pool:
+        began = time.monotonic()
+        assert (await pool.grade(misbehave, response, seconds, {})).category == category
+        assert time.monotonic() - began < 30
+        assert (await pool.grade(misbehave, "answer", "", {})).category == "right"
+
+
+async def test_a_grader_that_the_machine_does_not_run_loses_no_time() -> None:
+    async with GraderPool(workers=1, timeout_seconds=0.5) as pool:
+        process = await worker_id(pool)
+        grading = asyncio.create_task(pool.grade(misbehave, "stop", "", {}))
+        while state(process) != "T":
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.5)
+        os.kill(process, signal.SIGCONT)
+        assert (await grading).category == "right"
+
+
+@pytest.mark.parametrize("response", ["sleep", "long reply"])
+async def test_a_busy_event_loop_makes_no_timeout(response: str) -> None:
+    """The end of the time and the reply are seen at once, long after the grader ended. A long
+    reply does not fit into the pipe."""
+    async with GraderPool(workers=1, timeout_seconds=0.2) as pool:
+        grading = asyncio.create_task(pool.grade(misbehave, response, "0.6", {}))
+        await asyncio.sleep(0.3)
+        time.sleep(2.0)
+        assert (await grading).category == "right"
+
+
+async def test_a_verdict_that_is_too_long_is_refused(pool: GraderPool) -> None:
+    with pytest.raises(ValueError, match=r"misbehave.*bytes as JSON.*fewer parts"):
+        await pool.grade(misbehave, "many parts", "", {})
+    assert await worker_id(pool)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def test_the_packages_own_answers_are_right_and_perturbed_ones_wrong(dataset: st
         ("\\boxed{oops}", "wrong"),
         ("\\boxed{%s} no, \\boxed{5 5}", "wrong"),
         ("%s", "no_answer"),
+        ("<think>\\boxed{%s}</think>It is %s.", "no_answer"),
+        ("\\boxed{5 5}</think>\\boxed{%s}", "right"),
         ("\\boxed{}", "no_answer"),
         ("\\boxed{%s", "bad_format"),
     ],

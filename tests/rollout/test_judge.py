@@ -103,17 +103,28 @@ def test_a_verifier_of_ones_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("verifiers", "sources", "problem"),
+    ("verifiers", "source", "ground_truth", "problem"),
     [
-        ({}, ["poetry"], "data_source = 'poetry': no verifier"),
-        ({"a": "no.such:thing"}, ["a"], "reward.verifiers"),
-        ({"a": "maths"}, ["a"], "reward.verifiers names 'maths'; it must be one of"),
+        ({}, "poetry", "1", "rows/0: data_source = 'poetry': no verifier"),
+        ({"a": "no.such:thing"}, "a", "1", "reward.verifiers"),
+        ({"a": "maths"}, "a", "1", "reward.verifiers names 'maths'; it must be one of"),
+        ({}, "math_dapo", "  ", "rows/0: "),
+        ({}, "gpqa_diamond", "the second", "rows/0: "),
+        ({}, "train-code-taco-x", "{}", "rows/0: "),
+        ({}, "reasoning_gym", "1", "rows/0: extra_info['dataset'] = None"),
     ],
 )
 def test_what_is_wrong_is_found_before_anything_starts(
-    verifiers: dict[str, str], sources: list[str], problem: str
+    verifiers: dict[str, str], source: str, ground_truth: str, problem: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
-        check_verifiers(RewardConfig(verifiers=verifiers), sources)
+        check_verifiers(
+            RewardConfig(verifiers=verifiers), [Prompt((), ground_truth, source, "rows/0")]
+        )
     assert problem in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_usable_rows_are_let_through() -> None:
+    rows = [("math_dapo", "12"), ("gpqa_diamond", "B"), ("train-code-taco-x", ADDITION)]
+    check_verifiers(RewardConfig(), [Prompt((), truth, source, "rows/0") for source, truth in rows])

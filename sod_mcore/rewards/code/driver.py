@@ -1,7 +1,7 @@
 """Runs inside a sandbox: calls functions of a program under test and says what came of it.
 
-It is not imported by the package: ``code_cases.py`` sends its text, behind those of
-``code_values.py`` and ``code_sources.py``, to a sandbox; so only the standard library, and nothing
+It is not imported by the package: ``cases.py`` sends its text, behind those of
+``values.py`` and ``sources.py``, to a sandbox; so only the standard library, and nothing
 newer than Python 3.10.
 
 A program under test must not be able to forge its verdict. It may replace built-ins, patch modules,
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from sod_mcore.rewards.code_sources import (
+    from sod_mcore.rewards.code.sources import (
         compile_source,
         find_check,
         inspect_sources,
         keep_one_test,
         parse,
     )
-    from sod_mcore.rewards.code_values import SOLUTION_MODULE, pack_items, unpack_items
+    from sod_mcore.rewards.code.values import SOLUTION_MODULE, pack_items, unpack_items
 
 SERVE_PROGRAM = "serve-program"
 PR_SET_DUMPABLE = 4  # linux/prctl.h

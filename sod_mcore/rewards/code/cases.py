@@ -1,7 +1,7 @@
 """One test of one program, each in an interpreter of its own.
 
 A program that reads standard input is run as it is, and what it printed is compared here. A
-function is called by the driver (``code_driver.py``): either its value is compared here, or the
+function is called by the driver (``driver.py``): either its value is compared here, or the
 driver runs a test that asserts something, in a process that the program does not live in.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGXCPU
 from typing import Any, Literal, Protocol, TypeVar
 
-from sod_mcore.rewards.code_compare import same_output, same_value
+from sod_mcore.rewards.code.compare import same_output, same_value
 from sod_mcore.tools import InfrastructureError, ProgramRunner, SandboxResult
 
 _T = TypeVar("_T")
@@ -259,7 +259,7 @@ def _driver_source() -> str:
     """The driver as one text. A future import may stand only at its beginning."""
     values, *others = (
         Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for name in ("code_values.py", "code_sources.py", "code_driver.py")
+        for name in ("values.py", "sources.py", "driver.py")
     )
     return values + "".join(others).replace(_FUTURE_IMPORT, "")
 

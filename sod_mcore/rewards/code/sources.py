@@ -1,6 +1,6 @@
 """Looks at Python sources without running them: what compiles, and which tests stand in a check.
 
-The text of this file stands between those of ``code_values.py`` and ``code_driver.py`` in what is
+The text of this file stands between those of ``values.py`` and ``driver.py`` in what is
 sent to a sandbox, since only there a program under test may be read; so only the standard library,
 and nothing newer than Python 3.10. The package itself reads the tests of data rows with it.
 """

@@ -4,7 +4,7 @@
 - the same with `"fn_name"`: calls of a function. An input is a text with the JSON of one argument
   a line (LiveCodeBench) or a list of arguments (TACO); with `"assert_case"`, a text that is not
   empty takes the place of the input and output at its position, and asserts something; see
-  `code_asserts.py` for what it may do;
+  `asserts.py` for what it may do;
 - `{"entry_point", "import_prefix", "test_code"}` (LeetCode): `test_code` defines
   `check(candidate)`, in which each asserting statement is one test;
 - `{"entry_point", "prompt", "test"}` (HumanEval): the whole `check(candidate)` is one test.
@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sod_mcore.rewards.code_asserts import refusal
-from sod_mcore.rewards.code_cases import (
+from sod_mcore.rewards.code.asserts import refusal
+from sod_mcore.rewards.code.cases import (
     AssertCase,
     CallCase,
     Case,
@@ -29,7 +29,7 @@ from sod_mcore.rewards.code_cases import (
     Inspection,
     StdinCase,
 )
-from sod_mcore.rewards.code_sources import inspect_sources
+from sod_mcore.rewards.code.sources import inspect_sources
 
 _MODULES = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools "

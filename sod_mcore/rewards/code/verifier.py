@@ -1,6 +1,6 @@
 """Verifier for programs: runs the final turn's program on the tests of the data row.
 
-The verdict never rests on what the program's own process says about it, see ``code_driver.py``.
+The verdict never rests on what the program's own process says about it, see ``driver.py``.
 """
 
 import asyncio
@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from sod_mcore.rewards.code_answer import final_program
-from sod_mcore.rewards.code_cases import Case, Inspection, Outcome, inspect, off_loop
-from sod_mcore.rewards.code_tests import CodeTests, read_tests
+from sod_mcore.rewards.code.answer import final_program
+from sod_mcore.rewards.code.cases import Case, Inspection, Outcome, inspect, off_loop
+from sod_mcore.rewards.code.unit_tests import CodeTests, read_tests
 from sod_mcore.rewards.interface import Verdict
 from sod_mcore.tools import ProgramRunner
 
@@ -47,7 +47,7 @@ class CodeVerifier:
 
         Args:
             response_text: text of the final assistant turn.
-            ground_truth: see ``code_tests.py``.
+            ground_truth: see ``unit_tests.py``.
             extra_info: not used.
 
         Raises:

@@ -1,7 +1,7 @@
 """Values of a program under test as plain tables, and back: what passes between two processes.
 
 Pickle would run code of the one in the other. The text of this file stands before that of
-``code_driver.py`` in what is sent to a sandbox, so it holds nothing newer than Python 3.10 and
+``driver.py`` in what is sent to a sandbox, so it holds nothing newer than Python 3.10 and
 imports nothing; it can be imported as well, for its tests.
 """
 
