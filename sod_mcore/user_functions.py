@@ -28,7 +28,7 @@ def import_function(setting: str, name: str, choices: str) -> Callable[..., Any]
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"{setting} {name!r}, which cannot be imported ({error}); it must be {choices}, "
-            "importable where the run starts"
+            "importable where the run starts: installed, or in a folder that PYTHONPATH names"
         ) from error
     if not callable(function):
         raise ConfigError(f"{setting} {name!r}, which is no plain function; it must be {choices}")

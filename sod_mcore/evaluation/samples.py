@@ -190,8 +190,9 @@ def read_samples(path: Path) -> Iterator[Sample]:
 
 
 def _agree_on_settings(path: Path, settings: Settings) -> None:
-    """Write the settings, or refuse where those that are there differ in one that both have."""
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    """Write the settings, or refuse where samples were drawn with another value of one of them."""
+    is_empty = not (path.parent / SAMPLES_FILE).stat().st_size
+    kept: dict[str, Any] = {} if is_empty or not path.exists() else json.loads(path.read_text())
     plain = json.loads(json.dumps(settings))
     for name, value in plain.items():
         if name in kept and kept[name] != value:

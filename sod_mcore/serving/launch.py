@@ -40,6 +40,21 @@ class EnginePlace:
     device: Device
 
 
+def check_context_length(field: str, engine: EngineConfig, folder: ModelFolder) -> None:
+    """Refuse a context that SGLang would end with a traceback about; ``field`` is the section.
+
+    Raises:
+        ConfigError: it is longer than what the model was made for.
+    """
+    asked, longest = engine.context_length, folder.context_length
+    if asked is None or asked <= longest or folder.scales_positions or engine.addresses:
+        return
+    raise ConfigError(
+        f"{field}.context_length is {asked}, but {folder.path} was made for {longest} tokens "
+        "(max_position_embeddings); give at most that"
+    )
+
+
 def engine_command(
     serving: ServingConfig, engine: EngineConfig, folder: ModelFolder, place: EnginePlace, port: int
 ) -> list[str]:

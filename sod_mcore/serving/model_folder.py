@@ -23,6 +23,8 @@ class ModelFolder:
         key_value_numbers: numbers that the key-value cache holds for one token, over all layers.
         dtype: precision of the stored weights, as "float32" or "bfloat16".
         has_tokenizer: whether a tokenizer lies beside the weights.
+        scales_positions: whether a scaling of the rotary embedding takes it beyond
+            ``context_length``.
     """
 
     path: Path
@@ -31,6 +33,7 @@ class ModelFolder:
     key_value_numbers: int
     dtype: str
     has_tokenizer: bool
+    scales_positions: bool = False
 
 
 def read_model_folder(field: str, path: Path) -> ModelFolder:
@@ -57,6 +60,7 @@ def read_model_folder(field: str, path: Path) -> ModelFolder:
             key_value_numbers=2 * tree["num_hidden_layers"] * key_value_heads * head_size,
             dtype=str(tree.get("dtype") or tree.get("torch_dtype") or outer.get("dtype")),
             has_tokenizer=any((path / name).is_file() for name in TOKENIZER_FILES),
+            scales_positions=bool(tree.get("rope_scaling")),
         )
     except KeyError as error:
         raise ConfigError(

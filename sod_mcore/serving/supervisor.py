@@ -73,6 +73,8 @@ class Fleet:
             name: read_model_folder(f"{serving_field(name)}.model_path", Path(engine.model_path))
             for name, engine in models.items()
         }
+        for name, engine in models.items():
+            launch.check_context_length(serving_field(name), engine, folders[name])
         timeout = self._serving.start_timeout_seconds
         try:
             async with asyncio.timeout(timeout):

@@ -12,7 +12,13 @@ import pytest
 from sod_mcore.config import BenchmarkConfig, ConfigError, RolloutConfig
 from sod_mcore.evaluation.data_sets import DataSet
 from sod_mcore.evaluation.runner import Runner, plan_chunks
-from sod_mcore.evaluation.samples import SAMPLES_FILE, Sample, SampleStore, read_samples
+from sod_mcore.evaluation.samples import (
+    SAMPLES_FILE,
+    Sample,
+    SampleStore,
+    Settings,
+    read_samples,
+)
 from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError
 from tests.evaluation.fakes import FakePool, data_set
 
@@ -31,11 +37,12 @@ def evaluate(
     data_sets: Sequence[DataSet],
     pools: Sequence[FakePool],
     rollout: RolloutConfig | None = None,
+    settings: Settings = SETTINGS,
 ) -> list[Sample]:
     """Draw what is missing; returns what was kept by this call."""
     kept: list[Sample] = []
     rollout = rollout or RolloutConfig(max_dropped_fraction=1.0)
-    with SampleStore(Path(config.output), SETTINGS) as store:
+    with SampleStore(Path(config.output), settings) as store:
         chunks = plan_chunks(data_sets, config, store, CHUNK)
         Runner(data_sets, config, rollout, store).run(pools, chunks, kept.extend)
     return kept
@@ -173,11 +180,20 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_other_settings_are_refused(tmp_path: Path, name: str) -> None:
-    SampleStore(tmp_path, SETTINGS).close()
+    evaluate(benchmark(tmp_path), [data_set("aime", 1)], [FakePool()])
     with pytest.raises(ConfigError, match=f"{name} is 'other', but .* drawn with") as refused:
         SampleStore(tmp_path, {**SETTINGS, name: "other"})
     assert "\n" not in str(refused.value)
     SampleStore(tmp_path, SETTINGS).close()
+
+
+def test_a_folder_without_samples_takes_other_settings(tmp_path: Path) -> None:
+    SampleStore(tmp_path, SETTINGS).close()
+    other = dict.fromkeys(SETTINGS, "other")
+    SampleStore(tmp_path, other).close()
+    evaluate(benchmark(tmp_path), [data_set("aime", 1)], [FakePool()], settings=other)
+    with pytest.raises(ConfigError, match="drawn with 'other'"):
+        SampleStore(tmp_path, SETTINGS)
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:

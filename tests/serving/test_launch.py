@@ -114,3 +114,18 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="lacks"):
         read_model_folder("serving.teacher.model_path", tmp_path)
+
+
+def test_a_context_that_the_model_was_not_made_for(tmp_path: Path) -> None:
+    made_for_1000 = folder(tmp_path)
+
+    def check(model: ModelFolder, **engine: Any) -> None:
+        config = EngineConfig(model_path=str(tmp_path), **engine)
+        launch.check_context_length("serving.student", config, model)
+
+    check(made_for_1000)
+    check(made_for_1000, context_length=1000)
+    check(made_for_1000, context_length=1001, addresses=("http://127.0.0.1:1",))
+    check(folder(tmp_path, rope_scaling={"factor": 4.0}), context_length=1001)
+    with pytest.raises(ConfigError, match=r"serving.student.context_length is 1001, but .* 1000"):
+        check(made_for_1000, context_length=1001)
