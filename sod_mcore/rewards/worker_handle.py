@@ -126,7 +126,7 @@ class WorkerHandle:
     async def _read_reply(self, timeout_seconds: float) -> dict[str, Any]:
         line = await self._read_line(timeout_seconds)
         if not line.endswith(b"\n"):
-            await self.kill()
+            await self._wait_for_end()
             if self._process.returncode == -signal.SIGPROF:  # its CPU time is over
                 raise GraderTimeoutError
             raise InfrastructureError(
@@ -134,6 +134,18 @@ class WorkerHandle:
             )
         reply: dict[str, Any] = json.loads(line)
         return reply
+
+    async def _wait_for_end(self) -> None:
+        """Learn the exit status of a process that has closed its output, killed only if it lives.
+
+        Sending a signal first would poll the process, and asyncio then reports status 255 for what
+        it did not reap itself (Python 3.11).
+        """
+        try:
+            async with asyncio.timeout(_GRACE_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            await self.kill()
 
     async def _read_line(self, timeout_seconds: float) -> bytes:
         stdout = self._process.stdout

@@ -57,7 +57,8 @@ def update_weights(
     """
     may_change = (TRAINED_MODEL, FOLLOWING_MODEL) if follows_student else (TRAINED_MODEL,)
     if model not in may_change:
-        raise ValueError(f"model is {model!r}; only the weights of {may_change} ever change")
+        names = " and ".join(map(repr, may_change))
+        raise ValueError(f"model is {model!r}; only the weights of {names} ever change")
     if version < 0:
         raise ValueError(f"version is {version}; versions count from 0")
     transfer.check(endpoints.model(model))
