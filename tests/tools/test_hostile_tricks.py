@@ -85,7 +85,12 @@ class TestPrivileges:
 class TestPaths:
     async def test_links_and_climbing(self, sandbox: Sandbox) -> None:
         repository = Path(__file__).resolve().parents[2]
-        targets = [repository / "pyproject.toml", "/root/.bashrc", "/etc/shadow", "/etc/passwd"]
+        targets = [
+            repository / "pyproject.toml",
+            Path.home() / ".bashrc",
+            "/etc/shadow",
+            "/etc/passwd",
+        ]
         targets += ["/proc/1/root/etc/passwd", "/proc/self/environ", "/proc/1/cwd", "/proc/1/fd/0"]
         targets += ["/proc/sys/kernel/core_pattern", "/dev/fd/0", "/sys/kernel", "/run", "/var/log"]
         result = await run(

@@ -129,9 +129,9 @@ def call_candidate(
             table = pack_items([*items, [result]])
         except TypeError:
             return {"changes": False, "table": pack_items([[result]])}
-        rows = zip(table, sent, strict=False)
-        changed = [None if row == before else row for row, before in rows]
-        return {"changes": True, "table": changed + table[len(sent) :]}
+        kept, new = table[: len(sent)], table[len(sent) :]
+        changed = [None if row == before else row for row, before in zip(kept, sent, strict=True)]
+        return {"changes": True, "table": changed + new}
     return {"changes": False, "table": pack_items([[result]])}
 
 
