@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "config_file": set(),
     "config_help": set(),
     "convert": {"student"},
-    "data": {"chat", "tools"},
+    "data": {"chat", "rewards", "tools"},
     "evaluation": {"chat", "rollout", "rewards", "data", "serving", "report", "tools"},
     "files": set(),
     "loop": EVERYTHING,

@@ -14,6 +14,7 @@ from sod_mcore.data.published import schema_of
 from sod_mcore.data.rows import JudgedRow
 from sod_mcore.data.sft import Conversation, tokenize_one
 from sod_mcore.data.show import summary
+from sod_mcore.rewards import SourceTable, check_row
 from sod_mcore.trajectory import Prompt
 
 _LINE_CHARACTERS = 88
@@ -78,14 +79,16 @@ def prompt_reports(
             yield RowReport(judged.number, schema, source, (), judged.problem)
             continue
         prompt = judged.parsed
+        verifier, problem = _verifier(prompt)
         details = [
             ("prompt", _beginning(str(prompt.messages[-1]["content"]))),
             ("answer", _beginning(prompt.ground_truth)),
+            ("verifier", verifier),
         ]
-        problem = ""
         if rule is not None:
-            length, problem = _measure_prompt(prompt, rule)
+            length, too_long = _measure_prompt(prompt, rule)
             details.append(("length", length))
+            problem = problem or too_long
         yield RowReport(judged.number, schema, prompt.data_source, tuple(details), problem)
 
 
@@ -108,6 +111,19 @@ def summary_lines(counts: Counter[tuple[str, bool]]) -> str:
         wrong = counts[source, False]
         lines.append(f"  {source:<24} {counts[source, True]} good, {wrong} wrong")
     return "\n".join(lines)
+
+
+def _verifier(prompt: Prompt) -> tuple[str, str]:
+    """The built-in verifier of a row's source, and what it finds wrong with the row."""
+    try:
+        name = SourceTable().name_for(prompt.data_source)
+    except ValueError:
+        return "none built in: reward.verifiers must name one for this source", ""
+    try:
+        check_row(name, prompt.ground_truth, prompt.extra_info)
+    except ValueError as error:
+        return name, str(error)
+    return name, ""
 
 
 def _measure_prompt(prompt: Prompt, rule: LengthRule) -> tuple[str, str]:

@@ -50,9 +50,28 @@ def test_a_good_file_says_what_each_row_becomes(
     assert code == 0
     blocks = re.split(r"\n(?=row \d|\d+ rows)", output)
     assert blocks[1].startswith("row 1  rl  train-math-deepscaler\n  prompt   Work through the")
-    assert "  answer   3\n  length   " in blocks[1]
+    assert "  answer   3\n  verifier math\n  length   " in blocks[1]
     assert blocks[6].startswith("6 rows: 6 good, 0 wrong\n")
     assert "  train-code-taco-easy     2 good, 0 wrong" in blocks[6]
+
+
+def test_the_verifier_looks_at_each_row(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = [
+        {"data_source": "mine", "problem": "1 + 2?", "answer": "3"},
+        {"data_source": "math_dapo", "problem": "1 + 2?", "answer": "?"},
+        {"data_source": "gpqa_diamond", "problem": "Which?", "answer": "the second"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, output, _ = run(capsys, "check", path)
+    assert code == 1
+    blocks = re.split(r"\n(?=row \d|\d+ rows)", output)
+    assert "  verifier none built in: reward.verifiers must name one" in blocks[0]
+    assert "WRONG" not in blocks[0]
+    for block, name in zip(blocks[1:3], ("math", "choice"), strict=True):
+        assert f"  verifier {name}\n" in block
+        assert "  WRONG    " in block
+    assert blocks[3].startswith("3 rows: 1 good, 2 wrong")
 
 
 def test_lengths_are_those_of_the_rollout(
