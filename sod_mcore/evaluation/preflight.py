@@ -15,6 +15,7 @@ from sod_mcore.data import split_by_length
 from sod_mcore.evaluation.data_sets import DataSet
 from sod_mcore.report import require_wandb
 from sod_mcore.rollout.judge import check_verifiers
+from sod_mcore.serving.fleet import RESERVED_TOKENS
 from sod_mcore.serving.model_folder import read_model_folder
 from sod_mcore.tools import tool_schemas
 
@@ -87,10 +88,12 @@ def check_context_length(config: EvalConfig, context_length: int) -> None:
         ConfigError: it does not.
     """
     longest = config.evaluation.max_prompt_tokens + config.rollout.max_response_tokens
-    if context_length < longest:
+    room = context_length - RESERVED_TOKENS
+    if room < longest:
         raise ConfigError(
-            f"evaluation.max_prompt_tokens + rollout.max_response_tokens is {longest}; the model "
-            f"takes {context_length} tokens: lower them, or raise serving.student.context_length"
+            f"evaluation.max_prompt_tokens + rollout.max_response_tokens is {longest}; an engine "
+            f"of {context_length} tokens takes {room}: lower them, or raise "
+            "serving.student.context_length if the model was made for more"
         )
 
 

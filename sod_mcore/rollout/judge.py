@@ -32,7 +32,7 @@ from sod_mcore.trajectory import Prompt, Trajectory
 
 MEBIBYTE = 1 << 20
 CODE_OUTPUT_BYTES = 16 * MEBIBYTE
-"""Tests of the published sets expect up to some MB of output."""
+"""Room for tests that expect megabytes of output."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Any
 from sod_mcore.files import write_text
 
 RESERVED_TOKENS = 7
-"""An engine refuses inputs of more than its context length less these."""
+"""SGLang 0.5.23 refuses inputs of more than its context length less these
+(tests/serving/test_engines.py measures it)."""
 
 
 class FleetError(Exception):
@@ -46,7 +47,7 @@ class ModelEndpoints:
 
     @property
     def longest_input(self) -> int:
-        """Tokens that can be scored at once: SGLang 0.5.23 keeps some of the context for itself."""
+        """Tokens that an engine takes at once; it keeps the rest of the context for itself."""
         return self.context_length - RESERVED_TOKENS
 
 

@@ -97,7 +97,7 @@ def test_something_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
         (["evaluation.seeds=[]"], "evaluation.seeds is []"),
         (["rollout.top_p=0.9"], "rollout.top_p is 0.9, which is training's"),
         (["serving.student.model_path=/nowhere"], "/nowhere: it has no config.json"),
-        (["serving.student.context_length=64"], "the model takes 64 tokens"),
+        (["serving.student.context_length=64"], "an engine of 64 tokens takes 57"),
         (["evaluation.max_prompt_tokens=3"], "evaluation.max_prompt_tokens is 3; sums/0 has"),
         (["evaluation.data=[]"], "evaluation.data is empty"),
         (["evaluation.data=/nowhere.parquet"], "/nowhere.parquet"),

@@ -271,6 +271,11 @@ def test_a_further_teacher_has_the_same_tokenizer(tree: dict[str, Any], tmp_path
     assert "tokenizer differs" in found
 
 
+def test_packages_that_are_not_there(tree: dict[str, Any]) -> None:
+    found = problem(tree, tools={"packages": ["no/such/folder"]})
+    assert "tools.packages has 'no/such/folder', which is no folder here" in found
+
+
 def test_a_tool_that_does_not_exist(tree: dict[str, Any]) -> None:
     assert "tools.names has 'abacus'; it must be one of" in problem(
         tree, tools={"names": ["abacus"]}

@@ -286,6 +286,15 @@ def test_a_request_that_does_not_fit(live_fleet: LiveFleet) -> None:
     assert not caught.value.retryable
 
 
+def test_the_longest_input(live_fleet: LiveFleet) -> None:
+    longest = live_fleet.endpoints.model("teacher").longest_input
+    assert longest < CONTEXT_LENGTH
+    score_once(live_fleet.endpoints, "teacher", random_ids(longest, seed=1), 1)
+    with pytest.raises(EngineError, match="exceeds the maximum allowed length") as caught:
+        score_once(live_fleet.endpoints, "teacher", random_ids(longest + 1, seed=1), 1)
+    assert not caught.value.retryable
+
+
 def test_a_cancelled_request_ends_in_the_engine(live_fleet: LiveFleet) -> None:
     endpoints = live_fleet.endpoints
     sampling = SamplingSettings(max_new_tokens=500, ignore_eos=True)

@@ -42,7 +42,7 @@ CALL_PRELUDE = (
     + "sys.setrecursionlimit(50000)\n"
 )
 """What solutions of call-based problems may take for granted, as on the sites they come from: the
-starter code of such problems already writes `List[int]`. As LiveCodeBench has it."""
+starter code of such problems already writes `List[int]`. Modelled on LiveCodeBench's."""
 
 
 class CodeTests(Protocol):
