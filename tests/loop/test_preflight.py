@@ -15,11 +15,13 @@ from pydantic import TypeAdapter
 
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import ConfigError, SodConfig
+from sod_mcore.loop import preflight
 from sod_mcore.loop.preflight import check_before_launch
 from sod_mcore.loop.run_prompts import first_of_each_file, read_run_prompts
 from sod_mcore.loop.teacher_checks import check_teacher_lengths
 from sod_mcore.rollout.teacher import teacher_messages
 from sod_mcore.serving.fleet import RESERVED_TOKENS, Endpoints, ModelEndpoints
+from sod_mcore.tools import code_interpreter_schema
 from sod_mcore.trajectory import Prompt
 from tests.end_to_end.programs import REPOSITORY
 
@@ -208,6 +210,43 @@ def test_a_teacher_whom_nobody_asks(tree: dict[str, Any], teacher: dict[str, Any
 def test_engines_that_nobody_asks(tree: dict[str, Any]) -> None:
     serving = {**tree["serving"], "teachers": {"coder": tree["serving"]["teacher"]}}
     assert "serving.teachers.coder is served, but" in problem(tree, serving=serving)
+
+
+@pytest.fixture
+def engines_run(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Engines that are said to run, and a real tokenizer; the lengths of the training prompts."""
+    folder = str(REPOSITORY / "examples" / "arithmetic" / "teacher")
+    tree["student"]["model_path"] = folder
+    for name in ("student", "teacher"):
+        tree["serving"][name]["model_path"] = folder
+    endpoints = Endpoints("", {}, 1, 1, "")
+    monkeypatch.setattr(preflight, "check_engines", lambda config, prompts: endpoints)
+    renderer = ChatRenderer.from_folder(folder)
+    schema = [code_interpreter_schema()]
+    longer = prompts(Path(tree["data"]["train"]), ["2+2?", "3+3?", "2+2 and then + 3?"])
+    asked = read_run_prompts(TypeAdapter(SodConfig).validate_python(tree)).train
+    assert longer.is_file()
+    return [len(renderer.render_prompt(prompt.messages, schema)) for prompt in asked]
+
+
+def test_prompts_that_are_too_long(tree: dict[str, Any], engines_run: list[int]) -> None:
+    short, _, long = engines_run
+    assert short < long
+    limit = {"data__max_prompt_tokens": long - 1}
+    expected = f"data.max_prompt_tokens is {long - 1}; train/2 has {long} tokens with the tool"
+    assert expected in problem(tree, **limit)
+    tree["data"]["overlong_prompts"] = "drop"
+    kept = check_before_launch(TypeAdapter(SodConfig).validate_python(tree))
+    assert [prompt.prompt_id for prompt in kept.train] == ["train/0", "train/1"]
+    assert "has only 0 prompts" in problem(tree, data__max_prompt_tokens=short - 1, evaluation={})
+
+
+def test_evaluation_prompts_are_never_left_out(
+    tree: dict[str, Any], engines_run: list[int], tmp_path: Path
+) -> None:
+    long = prompts(tmp_path / "long.parquet", ["1+1 and then + 2 and then + 3?"])
+    tree["data"] |= {"max_prompt_tokens": max(engines_run), "overlong_prompts": "drop"}
+    assert "long/0 has" in problem(tree, evaluation__data=str(long))
 
 
 def test_more_than_the_teachers_engine_takes(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -93,15 +93,20 @@ def request(prompts: int, samples: int = 2) -> RolloutRequest:
 
 
 def run(services: Services, asked: RolloutRequest, concurrency: int = 8) -> RolloutResult:
-    return asyncio.run(
-        run_batch(
-            asked,
-            services.bound(),
-            concurrency=concurrency,
-            attempts=3,
-            on_progress=lambda progress: None,
-        )
-    )
+    async def work() -> RolloutResult:
+        try:
+            return await run_batch(
+                asked,
+                services.bound(),
+                concurrency=concurrency,
+                attempts=3,
+                on_progress=lambda progress: None,
+            )
+        finally:
+            # Here, and not when the loop has ended: that would end whatever was left behind.
+            assert (services.running, services.scoring_running) == (0, 0)
+
+    return asyncio.run(work())
 
 
 def test_groups_come_back_in_prompt_order_with_reward_and_scores() -> None:
@@ -142,7 +147,7 @@ def test_a_lasting_failure_of_the_verifier_leaves_no_scoring_behind() -> None:
     services.reward_errors = [InfrastructureError("no sandbox")] * 100
     services.scoring_seconds = 60.0
     result = run(services, request(1, samples=1))
-    assert (result.num_dropped, result.num_unscored, services.scoring_running) == (1, 0, 0)
+    assert (result.num_dropped, result.num_unscored) == (1, 0)
 
 
 def test_an_unusable_row_ends_the_batch() -> None:
@@ -151,7 +156,6 @@ def test_an_unusable_row_ends_the_batch() -> None:
     services.seconds = {"p1": 60.0}
     with pytest.raises(UnusableRowError, match="p0: the ground truth is empty"):
         run(services, request(2, samples=1))
-    assert services.running == 0
 
 
 def test_scoring_starts_while_other_trajectories_still_run() -> None:
