@@ -76,7 +76,7 @@ def _draw(
     def work(endpoints: Endpoints, should_stop: ShouldStop) -> None:
         check_context_length(config, endpoints.model("student").context_length)
         count = min(POOLS, len(chunks))
-        settings = [_pool_settings(config, sources_of(data_sets), count)] * count
+        settings = [pool_settings(config, sources_of(data_sets), count)] * count
         with ExitStack() as stack:
             pools = [stack.enter_context(RolloutPool(s)) for s in settings]
             progress = stack.enter_context(Progress("evaluation", total, unit="samples"))
@@ -97,7 +97,7 @@ def _draw(
     with_engines(config, work, say)
 
 
-def _pool_settings(config: EvalConfig, sources: tuple[str, ...], count: int) -> PoolSettings:
+def pool_settings(config: EvalConfig, sources: tuple[str, ...], count: int) -> PoolSettings:
     """Settings of one of ``count`` pools, which together keep to the limits of one."""
 
     def share(number: int) -> int:
@@ -110,7 +110,11 @@ def _pool_settings(config: EvalConfig, sources: tuple[str, ...], count: int) -> 
         student_path=Path(config.serving.student.model_path),
         serving=config.serving,
         rollout=dataclasses.replace(rollout, concurrency=share(rollout.concurrency)),
-        tools=dataclasses.replace(tools, workers=share(tools.workers)),
+        tools=dataclasses.replace(
+            tools,
+            workers=share(tools.workers),
+            total_memory_mb=tools.total_memory_mb and max(1, tools.total_memory_mb // count),
+        ),
         reward=dataclasses.replace(
             reward, workers=share(reward.workers), code_workers=share(reward.code_workers)
         ),
