@@ -106,5 +106,4 @@ class Cell:
 def optimizer_updates(overrides: Sequence[str]) -> int:
     """Updates that every method makes, of about as many conversations each."""
     config = load_config(SodConfig, CASCADE / "sod.yaml", overrides)
-    algorithm = config.algorithm
-    return config.run.steps * algorithm.prompts_per_step // algorithm.prompts_per_mini_batch
+    return config.run.steps * config.algorithm.updates_per_step

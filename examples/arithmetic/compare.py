@@ -5,7 +5,8 @@
 Every method starts from its seed's cold start and makes as many optimizer updates. Everything goes
 to ``runs/cascade``, the table to ``table.md`` there. Seed 1 is left out: the learning rate and the
 cold start's habits were chosen on it. A cell (a method of a seed) whose result
-exists is not run again; ``key=value`` changes settings of all runs, for trials in another folder.
+exists is not run again; ``key=value`` changes settings of all distillation runs and, through
+them, the number of updates of fine-tuning, for trials in another folder.
 """
 
 from __future__ import annotations
@@ -50,21 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = comparison_table(cells)
     write_text(options.folder / "table.md", text)
     if options.report is not None:
-        write_text(options.report, report(text, options.seeds))
+        write_text(options.report, report(text, options))
     print(text, flush=True)
 
 
-def report(tables: str, seeds: Sequence[int]) -> str:
-    """The tables as a page of their own, with what made them."""
+def report(tables: str, options: argparse.Namespace) -> str:
+    """The tables as a page of their own, with what made them.
+
+    The commit is that of this call; cells that were there already may be older.
+    """
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
     done = subprocess.run(describe, capture_output=True, text=True, timeout=30, check=False)
     commit = done.stdout.strip() or "unknown"
-    command = f"python -m examples.arithmetic.compare --seeds {' '.join(map(str, seeds))}"
+    choices = ["--seeds", *map(str, options.seeds), "--methods", *options.methods]
+    command = " ".join(["python -m examples.arithmetic.compare", *choices, *options.overrides])
     return (
         f"# Methods compared where tool calls build on each other\n\n`{command}` at commit "
         f"{commit} on {date.today():%Y-%m-%d}, on {os.cpu_count()} {platform.machine()} cores. "
         "What is compared: [examples/arithmetic/cascade](../../examples/arithmetic/cascade). Each "
-        "number is a mean ± standard error over the seeds, on 256 held-out problems.\n\n" + tables
+        "number is a mean ± standard error over the seeds, on the held-out problems.\n\n" + tables
     )
 
 

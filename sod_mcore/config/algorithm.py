@@ -106,6 +106,11 @@ class AlgorithmConfig:
     """Non-finite or smaller teacher log-probs are raised to this value and counted."""
 
     @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates of a training step."""
+        return self.prompts_per_step // self.prompts_per_mini_batch * self.epochs
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether any term of the loss reads the teacher's scores."""
         return self.distillation != "none"

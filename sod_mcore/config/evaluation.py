@@ -20,7 +20,10 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates only before and after."""
     samples: Positive = 1
     """Samples of each prompt at temperature > 0."""
-    temperatures: tuple[float, ...] = (1.0, 0.0)
+    temperatures: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (
+        1.0,
+        0.0,
+    )
     """Sampling temperatures evaluated; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling in evaluation."""

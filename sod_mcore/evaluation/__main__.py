@@ -4,8 +4,8 @@
     python -m sod_mcore.evaluation --model FOLDER --data FILE --output DIR [key=value ...]
 
 The model is a Hugging Face folder, which is served for the run, or engines that run already
-(serving.student.addresses, or a serving.directory in which a fleet runs). Samples are kept as they
-finish: the same command continues after a crash, a signal or lost samples. Without CONFIG, and
+(serving.student.addresses, or a serving.directory in which a fleet runs). Samples are kept chunk by
+chunk: the same command continues after a crash, a signal or lost samples. Without CONFIG, and
 where it says nothing else, the settings are those of the SOD paper.
 """
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     """Evaluate as the arguments say; returns the exit code."""
     try:
         config = read_config(arguments)
-        evaluate_benchmarks(config, say=_say)
+        results = evaluate_benchmarks(config, say=_say)
     except (ConfigError, DataError) as error:
         fail(str(error))
     except RolloutInterruptedError:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     except (FleetError, RolloutError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
-    return 0
+    return EXIT_STOPPED if any(result.dropped for result in results) else 0
 
 
 def read_config(arguments: Sequence[str]) -> EvalConfig:

@@ -40,7 +40,8 @@ def evaluate_benchmarks(config: EvalConfig, say: Callable[[str], None]) -> list[
         ConfigError, DataError: a setting or a file is wrong; nothing was started.
         FleetError: the model could not be served, or an engine died.
         RolloutError: a pool failed, or lost too many samples.
-        RolloutInterruptedError: a signal came. Samples that finished are kept, whatever is raised.
+        RolloutInterruptedError: a signal came. Samples of finished chunks are kept, whatever is
+            raised.
     """
     check_settings(config)
     data_sets = read_data_sets(config.evaluation)

@@ -15,7 +15,9 @@ from sod_mcore.config import ConfigError, EvalConfig
 from sod_mcore.rollout.pool import RolloutInterruptedError
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
 from sod_mcore.serving.supervisor import POLL_SECONDS, Fleet
+from sod_mcore.serving.weights import weight_versions
 
+_ANSWER_SECONDS = 10.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 Result = TypeVar("Result")
@@ -70,6 +72,13 @@ def _running_engines(config: EvalConfig) -> Endpoints | None:
         raise ConfigError(
             f"serving.student.model_path is {wanted}, but the engines of serving.directory="
             f"{config.serving.directory} serve {served}; give that model, or another directory"
+        )
+    newest = max(weight_versions(endpoints, "student", _ANSWER_SECONDS))
+    if newest > 0:
+        raise ConfigError(
+            f"the engines of serving.directory={config.serving.directory} hold weight version "
+            f"{newest} of a training run, and not {wanted}; start others, or export these weights "
+            "and evaluate the folder"
         )
     return endpoints
 

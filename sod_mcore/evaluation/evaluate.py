@@ -51,6 +51,7 @@ class EvaluationResult:
             f"{prefix}/failed_calls": self.failed_calls,
             f"{prefix}/tool_calls": self.tool_calls,
             f"{prefix}/num_trajectories": float(self.num_trajectories),
+            f"{prefix}/num_dropped": float(self.num_dropped),
             **{f"{prefix}/{name}": value for name, value in self.repeated.items()},
             **{
                 f"{prefix}/accuracy/{source}": accuracy

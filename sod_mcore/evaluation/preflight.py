@@ -20,7 +20,8 @@ from sod_mcore.serving.model_folder import read_model_folder
 from sod_mcore.tools import tool_schemas
 
 MODEL_FILES = ("config.json", "tokenizer.json")
-_IDENTIFYING_FILES = ("*.safetensors", "*.bin", *MODEL_FILES, "chat_template.jinja")
+TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
+_IDENTIFYING_FILES = ("*.safetensors", "*.bin", *MODEL_FILES, *TEMPLATE_FILES)
 _FINGERPRINT_BYTES = 1 << 20
 _WITHOUT_EFFECT = {
     "rollout": {
@@ -44,6 +45,16 @@ def check_settings(config: EvalConfig) -> None:
         raise ConfigError(
             f"evaluation.samples is {benchmark.samples} at evaluation.temperature=0, where all "
             "samples are alike; set evaluation.samples=1, or a temperature above 0"
+        )
+    if benchmark.temperature == 0 and len(benchmark.seeds) > 1:
+        raise ConfigError(
+            f"evaluation.seeds is {list(benchmark.seeds)} at evaluation.temperature=0, where "
+            "repetitions are alike; give one, or a temperature above 0"
+        )
+    if benchmark.show_tests and benchmark.instructions == "none":
+        raise ConfigError(
+            "evaluation.show_tests is true, but evaluation.instructions is none, which leaves "
+            "every question as it is; set one of them back"
         )
     if len(set(benchmark.seeds)) != len(benchmark.seeds) or not benchmark.seeds:
         raise ConfigError(
@@ -105,6 +116,7 @@ def sample_settings(config: EvalConfig, data_sets: Sequence[DataSet]) -> dict[st
         "serving.student.model_path": str(model.resolve()),
         "fingerprint of serving.student.model_path": _fingerprint(model),
         "serving.student.dtype": config.serving.student.dtype,
+        "serving.student.extra_args": config.serving.student.extra_args,
         **{
             f"evaluation.{name}": getattr(benchmark, name)
             for name in ("temperature", "top_p", "instructions", "show_tests")

@@ -18,7 +18,7 @@ from sod_mcore.evaluation.data_sets import DataSet
 from sod_mcore.evaluation.samples import Sample, SampleStore, sample_of
 from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.pool import check_losses
+from sod_mcore.rollout.pool import RolloutError
 from sod_mcore.trajectory import Prompt
 
 
@@ -50,7 +50,8 @@ def plan_chunks(
     store: SampleStore,
     chunk_trajectories: int,
 ) -> list[Chunk]:
-    """What is missing in ``store``, in chunks of at least ``chunk_trajectories`` samples.
+    """What is missing in ``store``, in chunks of ``chunk_trajectories`` samples or a little more;
+    the last of those that miss equally many may be smaller.
 
     Seeds come one after the other, so that a stopped evaluation has whole ones.
     """
@@ -95,6 +96,8 @@ class Runner:
         self._data_set_of = {
             prompt.prompt_id: data_set.name for data_set in data_sets for prompt in data_set.prompts
         }
+        self._wanted = len(self._data_set_of) * len(benchmark.seeds) * benchmark.samples
+        self._num_dropped = 0
 
     def run(
         self,
@@ -114,7 +117,8 @@ class Runner:
             should_stop: asks for an early end.
 
         Raises:
-            RolloutError: a pool failed, or lost too much; what it brought is kept.
+            RolloutError: a pool failed, or more than ``rollout.max_dropped_fraction`` of the whole
+                evaluation's samples were lost; what the pools brought is kept.
             RolloutInterruptedError: ``should_stop`` became true.
         """
         has_failed = threading.Event()
@@ -155,8 +159,19 @@ class Runner:
     def _keep(self, chunk: Chunk, result: RolloutResult) -> list[Sample]:
         samples = self._name_samples(chunk, result)
         self._store.append(samples)
-        check_losses(result, self._request(chunk), self._rollout)
+        self._count_losses(result)
         return samples
+
+    def _count_losses(self, result: RolloutResult) -> None:
+        """Losses count against the whole evaluation: a chunk may be a single sample."""
+        self._num_dropped += result.num_dropped
+        allowed = self._rollout.max_dropped_fraction
+        if self._num_dropped > allowed * self._wanted:
+            causes = "; ".join(result.failures) or "no cause recorded"
+            raise RolloutError(
+                f"{self._num_dropped} of {self._wanted} samples lost, more than "
+                f"rollout.max_dropped_fraction={allowed} allows. Causes: {causes}"
+            )
 
     def _name_samples(self, chunk: Chunk, result: RolloutResult) -> list[Sample]:
         """Give each trajectory the next free index of its problem."""

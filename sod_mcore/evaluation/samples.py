@@ -1,4 +1,4 @@
-"""Every sample of an evaluation, one JSON line each, written as they finish and read on a restart.
+"""Every sample of an evaluation, one JSON line each, written chunk by chunk, read on a restart.
 
 A folder holds samples of one setting only; ``settings.json`` tells which. More samples, seeds and
 data sets may be added to it.

@@ -89,16 +89,11 @@ def pool_settings(config: SodConfig, sources: Sequence[str]) -> PoolSettings:
 
 
 def _open_student(config: SodConfig) -> tuple[Student, int]:
-    updates_per_step = (
-        config.algorithm.prompts_per_step
-        // config.algorithm.prompts_per_mini_batch
-        * config.algorithm.epochs
-    )
     student = Student.build(
         config.student,
         config.optimizer,
         config.ddp,
-        total_updates=config.run.steps * updates_per_step,
+        total_updates=config.run.steps * config.algorithm.updates_per_step,
         seed=config.run.seed,
         average_decay=config.teacher.average_decay if config.averages_weights else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -73,6 +74,25 @@ class FakePool:
             return 0
         self._drops.remove(prompt.prompt_id)
         return 1
+
+
+class SlowPool(FakePool):
+    """Brings nothing until it is asked to stop."""
+
+    was_interrupted = False
+
+    def collect(
+        self,
+        timeout_seconds: float,
+        on_progress: Callable[[RolloutProgress], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> RolloutResult:
+        deadline = time.monotonic() + 30
+        while not should_stop():
+            assert time.monotonic() < deadline, "nobody asked it to stop"
+            time.sleep(0.01)
+        self.was_interrupted = True
+        raise RolloutInterruptedError
 
 
 def answered(prompt: Prompt, *, answer: str | None = None) -> Trajectory:

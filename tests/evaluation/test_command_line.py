@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sod_mcore.config import ConfigError, EvalConfig
+from sod_mcore.config import BenchmarkConfig, ConfigError, EvalConfig
 from sod_mcore.data import DataError
 from sod_mcore.evaluation.__main__ import main, read_config
 from sod_mcore.evaluation.benchmark import evaluate_benchmarks
@@ -93,6 +93,14 @@ def test_something_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     ("overrides", "words"),
     [
         (["evaluation.temperature=0"], "evaluation.samples is 32 at evaluation.temperature=0"),
+        (
+            ["evaluation.temperature=0", "evaluation.samples=1", "evaluation.seeds=[1,2]"],
+            "evaluation.seeds is [1, 2] at evaluation.temperature=0",
+        ),
+        (
+            ["evaluation.show_tests=true", "evaluation.instructions=none"],
+            "evaluation.show_tests is true, but evaluation.instructions is none",
+        ),
         (["evaluation.seeds=[1,1]"], "evaluation.seeds is [1, 1]"),
         (["evaluation.seeds=[]"], "evaluation.seeds is []"),
         (["rollout.top_p=0.9"], "rollout.top_p is 0.9, which is training's"),
@@ -106,6 +114,14 @@ def test_something_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_wrong_settings(arguments: list[str], overrides: list[str], words: str) -> None:
     assert words in problem(arguments, *overrides)
+
+
+def test_the_first_problems_of_each_file(tmp_path: Path) -> None:
+    files = tuple(str(rows(tmp_path / f"{name}.jsonl")) for name in ("a", "b"))
+    read = read_data_sets(BenchmarkConfig(data=files, output="o", max_prompts=1))
+    ids = [[prompt.prompt_id for prompt in data_set.prompts] for data_set in read]
+    assert ids == [["a/0"], ["b/0"]]
+    assert len(read_data_sets(BenchmarkConfig(data=files, output="o"))[0].prompts) > 1
 
 
 def test_a_source_without_verifier(arguments: list[str], tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sod_mcore.evaluation.results import Result, summarise_samples
 from sod_mcore.evaluation.samples import Sample, sample_of
+from sod_mcore.evaluation.statistics import majority_at_bootstrap
 from sod_mcore.evaluation.tables import json_lines, markdown, metrics
 from tests.evaluation.fakes import answered, data_set
 
@@ -54,6 +57,24 @@ def test_numbers_are_those_of_the_samples() -> None:
     assert (both.tool_calls, both.failed_calls, both.response_tokens) == (2, 0.5, 2)
     assert both.no_answer == pytest.approx(1 / 16)
     assert (both.problems, both.seeds, both.samples, both.dropped) == (2, 2, 4, 0)
+
+
+def test_majority_by_bootstrap_draws_as_many_as_there_are() -> None:
+    """Of three right and one wrong answer, draws of four mostly have a right majority; one draw has
+    it three times of four."""
+    only_first = samples({1: {"aime/0": ["0", "0", "0", "5"], "aime/1": ["1"] * 4}})
+    (both,) = summarise_samples([data_set("aime", 2)], [1], 4, only_first)
+    right = np.array([True, True, True, False])
+    expected = (majority_at_bootstrap(["0", "0", "0", "5"], right, 4) + 1) / 2
+    assert both.majority_bootstrap.value == pytest.approx(expected)
+    assert both.majority_bootstrap.value != pytest.approx((3 / 4 + 1) / 2, abs=0.02)
+
+
+def test_samples_that_reached_the_limit_are_truncated() -> None:
+    four = list(samples({1: {"aime/0": ["0"] * 4}}))
+    four[2] = dataclasses.replace(four[2], end_reason="length")
+    (only,) = summarise_samples([data_set("aime", 1)], [1], 4, four)
+    assert only.truncated == pytest.approx(1 / 4)
 
 
 def test_one_seed_has_no_error_over_seeds() -> None:

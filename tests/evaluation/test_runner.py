@@ -20,7 +20,7 @@ from sod_mcore.evaluation.samples import (
     read_samples,
 )
 from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError
-from tests.evaluation.fakes import FakePool, data_set
+from tests.evaluation.fakes import FakePool, SlowPool, data_set
 
 CHUNK = 8
 """Samples of a chunk."""
@@ -109,9 +109,26 @@ def test_lost_samples_are_drawn_again(tmp_path: Path) -> None:
 
 def test_too_many_lost_samples_end_it_and_the_others_are_kept(tmp_path: Path) -> None:
     strict = RolloutConfig(max_dropped_fraction=0.05)
-    with pytest.raises(RolloutError, match=r"1 of 8 trajectories dropped.*the sandbox is gone"):
+    with pytest.raises(RolloutError, match=r"1 of 8 samples lost.*the sandbox is gone"):
         evaluate(benchmark(tmp_path), [data_set("aime", 2)], [FakePool(drops=["aime/0"])], strict)
     assert len(on_disk(tmp_path)) == 7
+
+
+def test_a_sample_that_is_always_lost_does_not_block_the_others(tmp_path: Path) -> None:
+    strict = RolloutConfig(max_dropped_fraction=0.05)
+    for seeds in ((1,), (1, 2), (1, 2)):
+        config = benchmark(tmp_path, seeds=seeds)
+        lossy = FakePool(drops=["aime/1"])
+        evaluate(config, [data_set("aime", 6)], [lossy, FakePool()], strict)
+    assert len(on_disk(tmp_path)) >= 2 * 24 - 1
+
+
+def test_a_pool_that_fails_ends_the_other_and_its_samples_are_kept(tmp_path: Path) -> None:
+    slow = SlowPool()
+    with pytest.raises(RolloutError, match="exit code -9"):
+        evaluate(benchmark(tmp_path), [data_set("aime", 6)], [FakePool(dies_after=1), slow])
+    assert slow.was_interrupted
+    assert len(on_disk(tmp_path)) == 8
 
 
 def test_a_request_to_stop_keeps_what_is_there(tmp_path: Path) -> None:

@@ -212,6 +212,28 @@ def test_engines_that_nobody_asks(tree: dict[str, Any]) -> None:
     assert "serving.teachers.coder is served, but" in problem(tree, serving=serving)
 
 
+@pytest.mark.parametrize(("version", "is_refused"), [(0, False), (37, True)])
+def test_a_teacher_that_holds_the_average_of_another_run(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, version: int, is_refused: bool
+) -> None:
+    tree["serving"]["teacher"]["model_path"] = tree["student"]["model_path"]
+    tree["teacher"] = {"privileged": "ground_truth"}
+    config = TypeAdapter(SodConfig).validate_python(tree)
+    path = str(tree["student"]["model_path"])
+    models = {
+        name: ModelEndpoints(name, "", (), path, 30000, 300) for name in ("student", "teacher")
+    }
+    endpoints = Endpoints("", models, 1, 1, "")
+    monkeypatch.setattr(preflight, "live_endpoints", lambda config: endpoints)
+    monkeypatch.setattr(preflight, "weight_versions", lambda *arguments: (0, version))
+    asked = read_run_prompts(config)
+    if not is_refused:
+        assert preflight.check_engines(config, asked) == endpoints
+        return
+    with pytest.raises(ConfigError, match="the engines of teacher hold weight version 37, an aver"):
+        preflight.check_engines(config, asked)
+
+
 @pytest.fixture
 def engines_run(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Engines that are said to run, and a real tokenizer; the lengths of the training prompts."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from sod_mcore.rewards import GraderPool, PooledVerifier, Verdict, find_grader
+from sod_mcore.rewards.worker_handle import GraderTimeoutError, WorkerHandle
 from sod_mcore.tools import InfrastructureError
 from tests.rewards.misbehaving import misbehave
 
@@ -61,6 +63,24 @@ async def test_a_hanging_grader_is_killed_and_others_are_not_affected(
     assert LIMIT_SECONDS <= time.monotonic() - began < 6 * LIMIT_SECONDS + 10
     assert not is_running(int(process_file.read_text()))
     assert (await pool.grade(misbehave, "answer", "", {})).category == "right"
+
+
+async def test_a_grader_out_of_time_is_not_signalled_before_its_end_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """asyncio forgets the exit status of a process that is signalled after its end, and the limit
+    would look like a crash."""
+    worker = await WorkerHandle.start(1 << 30, cpu_seconds=0.2)
+    kill = worker.kill
+
+    async def refuse() -> None:
+        raise AssertionError("signalled")
+
+    monkeypatch.setattr(worker, "kill", refuse)
+    arguments = pickle.dumps(("burn", "30", {}))
+    with pytest.raises(GraderTimeoutError):
+        await worker.ask(pickle.dumps(misbehave), arguments)
+    await kill()
 
 
 async def test_the_limit_does_not_count_other_gradings_of_the_process(pool: GraderPool) -> None:

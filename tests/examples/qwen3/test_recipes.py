@@ -11,7 +11,9 @@ import pytest
 
 from sod_mcore.config import EvalConfig, SftConfig, SodConfig, TopKConfig
 from sod_mcore.config_file import load_config
+from sod_mcore.evaluation.preflight import check_context_length
 from sod_mcore.loop.preflight import check_settings
+from sod_mcore.serving.fleet import RESERVED_TOKENS
 from tests.end_to_end.programs import REPOSITORY
 
 QWEN3 = REPOSITORY / "examples" / "qwen3"
@@ -52,7 +54,7 @@ def test_a_recipe_can_be_run(path: Path) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for engine in config.serving.models.values():
         assert engine.context_length is not None
-        assert engine.context_length >= longest
+        assert engine.context_length - RESERVED_TOKENS >= longest
 
 
 EXPECTED: dict[str, dict[str, Any]] = {
@@ -110,3 +112,5 @@ def test_the_rows_without_rollouts_in_training(size: str) -> None:
     assert (sft.sft.updates, sft.sft.batch_size) == (115, 128)
     vanilla = load_config(EvalConfig, QWEN3 / size / "vanilla.yaml")
     assert (vanilla.evaluation.samples, vanilla.evaluation.top_p) == (32, 0.6)
+    assert vanilla.serving.student.context_length is not None
+    check_context_length(vanilla, vanilla.serving.student.context_length)
