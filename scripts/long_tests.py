@@ -75,11 +75,26 @@ def format_table(results: Sequence[Result], commit: str, moment: datetime) -> st
     return head + "".join(f"{result.line()}\n" for result in results)
 
 
-def describe_commit() -> str:
-    """The short hash of what is checked out, and whether files were changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
-    return done.stdout.strip() or "unknown"
+def describe_commit(repository: Path = REPOSITORY) -> str:
+    """The short hash of what is checked out, and whether files were changed since.
+
+    The tables of results do not count: one is written after the other.
+    """
+    commit = _git(repository, "rev-parse", "--short=7", "HEAD").stdout.strip() or "unknown"
+    others = [".", f":!{OUTPUT.parent}"]
+    changed = _git(repository, "diff", "--quiet", "HEAD", "--", *others).returncode == 1
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["git", *arguments],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
 
 
 def _read_case(case: ElementTree.Element) -> Result:

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -26,6 +25,7 @@ from examples.arithmetic.comparison_table import comparison_table
 from examples.arithmetic.experiment import CASCADE, Experiment
 from examples.arithmetic.run import stages
 from examples.arithmetic.stages import Stage, run_stages
+from scripts.long_tests import describe_commit
 from sod_mcore.files import write_text
 
 FOLDER = Path("runs/cascade")
@@ -60,9 +60,7 @@ def report(tables: str, options: argparse.Namespace) -> str:
 
     The commit is that of this call; cells that were there already may be older.
     """
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    done = subprocess.run(describe, capture_output=True, text=True, timeout=30, check=False)
-    commit = done.stdout.strip() or "unknown"
+    commit = describe_commit()
     choices = ["--seeds", *map(str, options.seeds), "--methods", *options.methods]
     command = " ".join(["python -m examples.arithmetic.compare", *choices, *options.overrides])
     return (

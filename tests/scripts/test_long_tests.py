@@ -7,7 +7,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from scripts.long_tests import format_table, read_results
+from scripts.long_tests import OUTPUT, describe_commit, format_table, read_results
 
 TESTS = """
 import pytest
@@ -28,3 +28,18 @@ def test_the_table_tells_outcomes_and_measured_values(tmp_path: Path) -> None:
     assert "on 2026-01-02 at commit 1234567: 1 passed, 1 failed" in text
     assert "| test_drills: a drill | passed | 0 | seconds until gone 3 |" in text
     assert "| test_drills: that fails | failure | 0 |  |" in text
+
+
+def test_the_tables_of_results_do_not_make_a_commit_dirty(tmp_path: Path) -> None:
+    table, program = tmp_path / OUTPUT, tmp_path / "program.py"
+    table.parent.mkdir(parents=True)
+    table.write_text("old")
+    program.write_text("old")
+    person = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for arguments in (("init", "-q"), ("add", "."), (*person, "commit", "-qm", "first")):
+        subprocess.run(["git", *arguments], cwd=tmp_path, timeout=60, check=True)
+    commit = describe_commit(tmp_path)
+    table.write_text("new")
+    assert describe_commit(tmp_path) == commit
+    program.write_text("new")
+    assert describe_commit(tmp_path) == f"{commit}-dirty"
