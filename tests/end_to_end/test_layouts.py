@@ -104,9 +104,16 @@ def objectives(live_run: LiveRun) -> dict[str, AlgorithmConfig]:
     relative differences need: they hold a divergence.
 
     The clips are moved between the ratios of two tokens: rounding must not decide which side a
-    token is on.
+    token is on. Nor must it decide a weight: student and teacher sometimes agree on a whole step to
+    1e-5 nats, and the paper's epsilon of 1e-6 leaves such a quotient to the rounding of log-probs
+    (noise of 5e-7 nats changed the mean weight of a batch by up to 4e-4).
     """
-    common: dict[str, Any] = {"prompts_per_step": 8, "group_size": 4, "prompts_per_mini_batch": 8}
+    common: dict[str, Any] = {
+        "prompts_per_step": 8,
+        "group_size": 4,
+        "prompts_per_mini_batch": 8,
+        "weight_epsilon": 0.05,
+    }
     paper = AlgorithmConfig(**common)
     clipped = dataclasses.replace(
         paper,
@@ -241,7 +248,6 @@ def test_float32(
         assert value < limit, differences
     assert update.metrics["update/tokens"] == len(eager.ratios)
     assert update.metrics["update/clip_fraction"] == pytest.approx(eager.clip_fraction)
-    # A quotient of small divergences: where both are tiny, it magnifies the log-probs' rounding.
     mean_step_weight = pytest.approx(eager.mean_step_weight, rel=1e-4)
     assert update.metrics["distillation/mean_w_k"] == mean_step_weight
 
