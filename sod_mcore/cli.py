@@ -75,7 +75,7 @@ def describe_batch(path: Path, num_conversations: int) -> str:
     if not path.is_file():
         fail(f"{path}: no such file; record one with pretrain_sod.py --record DIR")
     batch = RecordedBatch.load(path)
-    metrics = summarise_rollout(batch.trajectories, num_dropped=batch.num_dropped)
+    metrics = summarise_rollout(batch)
     lines = [f"step {batch.step}, weight version {batch.weight_version}"]
     lines += [f"  {name}: {value:.4g}" for name, value in metrics.items()]
     lines += [_conversation(t) for t in batch.trajectories[:num_conversations]]

@@ -151,6 +151,13 @@ class RecordedBatch:
     weight_version: int
     num_dropped: int = 0
 
+    @property
+    def staleness(self) -> NDArray[np.int32]:
+        """Versions by which the weights of each sampled token are behind the batch's, one for each
+        token in the loss mask of each trajectory, one after the other."""
+        versions = [t.weight_version[t.loss_mask] for t in self.trajectories]
+        return self.weight_version - np.concatenate([np.zeros(0, np.int32), *versions])
+
     def save(self, path: Path) -> None:
         """Write the batch to ``path`` (an ``.npz`` file) so that a crash leaves no half file."""
         arrays = {name: _concatenate(self.trajectories, name) for name in _TOKEN_ARRAYS}

@@ -31,6 +31,14 @@ class RolloutConfig:
     """Trajectories generated at the same time."""
     attempts: Positive = 3
     """Tries of a trajectory before it is dropped."""
+    max_staleness: NonNegative = 0
+    """Steps of training that may pass between the weights that sample a batch and those that are
+    trained on it. 0 samples a batch when the one before it has been trained on; n samples n batches
+    ahead, while the trainer works (docs/asynchronous.md)."""
+    spare_prompts: NonNegative = 0
+    """Prompts sampled in a step beyond algorithm.prompts_per_step. When that many are done the rest
+    are aborted, so that the longest conversations hold up nobody; the batch then leans towards
+    prompts with short answers."""
     deadline_seconds: Seconds = 1800.0
     """Longest wait for a batch; ranks that wait for rollouts give up after it."""
     max_dropped_fraction: Fraction = 0.05

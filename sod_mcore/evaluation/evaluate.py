@@ -84,9 +84,10 @@ def evaluate_temperature(
         sampling=Sampling(temperature, evaluation.top_p),
         with_teacher=False,
         tools_enabled=tools_enabled,
+        is_urgent=True,
     )
-    pool.submit(request)
-    batch = pool.collect(rollout.deadline_seconds, should_stop=should_stop)
+    ticket = pool.submit(request)
+    batch = pool.collect(ticket, rollout.deadline_seconds, should_stop=should_stop)
     check_losses(batch, request, rollout)
     return summarise(batch.trajectories, temperature, batch.num_dropped)
 

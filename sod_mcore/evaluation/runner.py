@@ -18,17 +18,18 @@ from sod_mcore.evaluation.data_sets import DataSet
 from sod_mcore.evaluation.samples import Sample, SampleStore, sample_of
 from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.pool import RolloutError
+from sod_mcore.rollout.pool import RolloutError, Ticket
 from sod_mcore.trajectory import Prompt
 
 
 class Pool(Protocol):
     """The part of :class:`RolloutPool` that evaluation uses."""
 
-    def submit(self, request: RolloutRequest) -> None: ...
+    def submit(self, request: RolloutRequest) -> Ticket: ...
 
     def collect(
         self,
+        ticket: Ticket,
         timeout_seconds: float,
         on_progress: Callable[[RolloutProgress], None] | None = None,
         should_stop: Callable[[], bool] = ...,
@@ -129,8 +130,9 @@ class Runner:
                 finished[number] = progress.finished
                 on_finished(sum(finished))
 
-            pools[number].submit(self._request(chunk))
+            ticket = pools[number].submit(self._request(chunk))
             return pools[number].collect(
+                ticket,
                 self._rollout.deadline_seconds,
                 on_progress=hear,
                 should_stop=lambda: has_failed.is_set() or should_stop(),

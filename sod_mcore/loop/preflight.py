@@ -114,6 +114,7 @@ def check_settings(config: SodConfig) -> None:
     if config.run.replay is None and config.serving is None:
         raise ConfigError("serving is missing; configure the engines, or give run.replay")
     _check_signal(algorithm)
+    _check_staleness(config)
     check_teacher_settings(config)
     tool_schemas(config.tools)
     choose_sandbox_url(config.tools.sandbox_url)
@@ -136,6 +137,24 @@ def _check_signal(algorithm: AlgorithmConfig) -> None:
         raise ConfigError(
             f"algorithm.topk.k is {algorithm.topk.k}, but algorithm.distillation is none; set that "
             "to topk_loss, or topk.k to 0"
+        )
+
+
+def _check_staleness(config: SodConfig) -> None:
+    """Sampling ahead needs a correction, and a teacher that stays the same meanwhile."""
+    staleness, algorithm = config.rollout.max_staleness, config.algorithm
+    if staleness == 0:
+        return
+    if algorithm.tis_cap is None and algorithm.old_logprobs != "rollout":
+        raise ConfigError(
+            f"rollout.max_staleness is {staleness}, but nothing corrects for weights that are "
+            "older; set algorithm.tis_cap (2.0 is usual), or algorithm.old_logprobs=rollout"
+        )
+    if config.needs_teacher and config.teacher.weights != "served":
+        raise ConfigError(
+            f"rollout.max_staleness is {staleness}, but teacher.weights is "
+            f"{config.teacher.weights}: the teacher would change while it scores; set "
+            "teacher.weights=served, or rollout.max_staleness=0"
         )
 
 

@@ -75,13 +75,7 @@ class Reporter:
         updates: Sequence[UpdateResult],
     ) -> None:
         """Add the training metrics of a step and its table of sampled trajectories."""
-        self.note(
-            summarise_rollout(
-                batch.trajectories,
-                num_dropped=batch.num_dropped,
-                with_teacher=self._config.needs_teacher,
-            )
-        )
+        self.note(summarise_rollout(batch, with_teacher=self._config.needs_teacher))
         if self._config.needs_teacher:
             self.note(_signal_metrics(signals))
             self.note(metrics_by_outcome(_steps(batch, signals)))

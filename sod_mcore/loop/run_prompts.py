@@ -110,10 +110,13 @@ def within_length(config: SodConfig, prompts: RunPrompts) -> RunPrompts:
 
 
 def _check_number(config: SodConfig, train: Sequence[Prompt]) -> None:
-    needed = config.algorithm.prompts_per_step
+    needed = config.algorithm.prompts_per_step + config.rollout.spare_prompts
     if len(train) < needed:
+        name = "algorithm.prompts_per_step"
+        if config.rollout.spare_prompts:
+            name += " + rollout.spare_prompts"
         raise ConfigError(
-            f"algorithm.prompts_per_step is {needed}; data.train={config.data.train} has only "
+            f"{name} is {needed}; data.train={config.data.train} has only "
             f"{len(train)} prompts: lower it, together with algorithm.prompts_per_mini_batch, or "
             "add prompts"
         )

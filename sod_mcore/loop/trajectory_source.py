@@ -6,7 +6,7 @@ Both give the same type, so the trainer does not know which one it reads. Used b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from sod_mcore.data.prompts import PromptSource
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.pool import RolloutPool, check_losses
+from sod_mcore.rollout.pool import RolloutError, RolloutPool, Ticket, check_losses
 from sod_mcore.trajectory import RecordedBatch, recorded_batch_path
 
 ProgressCallback = Callable[[RolloutProgress], None]
@@ -29,42 +29,76 @@ class TrajectorySource(Protocol):
 
 @dataclass(frozen=True)
 class LiveSource:
-    """Submits a step's prompts to the pool and collects the scored trajectories."""
+    """Submits the prompts of a step, and of those that may be sampled ahead, to the pool.
+
+    With ``rollout.max_staleness`` n, a step is submitted as soon as the weights of the step n
+    before it are published: they, or newer ones, sample every token of it.
+
+    Attributes:
+        tickets: batches that the pool works on, by step.
+    """
 
     pool: RolloutPool
     prompts: PromptSource
     config: SodConfig
     stop: StopRequest
     on_progress: ProgressCallback | None = None
+    tickets: dict[int, Ticket] = field(default_factory=dict)
 
     def batch(self, step: int, weight_version: int) -> RecordedBatch:
-        """Roll out step ``step``; written to ``run.record`` where that is set.
+        """The trajectories of step ``step``; written to ``run.record`` where that is set.
 
         Raises:
-            RolloutError: the pool failed, or lost more trajectories than the limits allow.
+            RolloutError: the pool failed, or lost more trajectories than the limits allow, or a
+                token is older than ``rollout.max_staleness`` allows.
             RolloutInterruptedError: the run was asked to stop.
         """
-        request = self._request(step)
-        self.pool.submit(request)
+        self._submit_ahead(step)
         result = self.pool.collect(
+            self.tickets.pop(step),
             self.config.rollout.deadline_seconds,
             self.on_progress,
             should_stop=lambda: self.stop.reason is not None,
         )
-        check_losses(result, request, self.config.rollout)
+        check_losses(result, self._request(step), self.config.rollout)
         batch = RecordedBatch(result.trajectories, step, weight_version, result.num_dropped)
+        check_staleness(batch, self.config.rollout.max_staleness)
         if self.config.run.record is not None:
             batch.save(recorded_batch_path(Path(self.config.run.record), step))
         return batch
 
+    def _submit_ahead(self, step: int) -> None:
+        """Submit ``step`` and those after it whose weights may be the current ones."""
+        ahead = min(step + self.config.rollout.max_staleness, self.config.run.steps - 1)
+        first = max(self.tickets, default=step - 1) + 1
+        for number in range(first, ahead + 1):
+            self.tickets[number] = self.pool.submit(self._request(number))
+
     def _request(self, step: int) -> RolloutRequest:
         algorithm, rollout = self.config.algorithm, self.config.rollout
+        num_prompts = algorithm.prompts_per_step + rollout.spare_prompts
         return RolloutRequest(
-            prompts=tuple(self.prompts.batch(step, algorithm.prompts_per_step)),
+            prompts=tuple(self.prompts.batch(step, num_prompts)),
             samples_per_prompt=algorithm.group_size,
             sampling=Sampling(rollout.temperature, rollout.top_p),
             with_teacher=self.config.needs_teacher,
             tools_enabled=self.config.tools.enabled,
+            spare_prompts=rollout.spare_prompts,
+        )
+
+
+def check_staleness(batch: RecordedBatch, max_staleness: int) -> None:
+    """Refuse tokens that were sampled by weights older than allowed.
+
+    Raises:
+        RolloutError: some were.
+    """
+    staleness = int(batch.staleness.max(initial=0))
+    if staleness > max_staleness:
+        raise RolloutError(
+            f"step {batch.step} is trained with weight version {batch.weight_version}, but "
+            f"weights {staleness} versions older sampled some of its tokens; "
+            f"rollout.max_staleness allows {max_staleness}: an engine has lost its weights"
         )
 
 

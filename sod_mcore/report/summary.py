@@ -7,17 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sod_mcore.trajectory import Trajectory
+from sod_mcore.trajectory import RecordedBatch, Trajectory
 
 
-def summarise_rollout(
-    trajectories: Sequence[Trajectory], *, num_dropped: int = 0, with_teacher: bool = True
-) -> dict[str, float]:
+def summarise_rollout(batch: RecordedBatch, *, with_teacher: bool = True) -> dict[str, float]:
     """Flat metrics of one rollout batch.
 
     Args:
-        trajectories: those that were not dropped; may be empty.
-        num_dropped: trajectories given up after all attempts.
+        batch: its trajectories may be none.
         with_teacher: whether the teacher was asked to score them.
 
     Returns:
@@ -25,18 +22,23 @@ def summarise_rollout(
         all after the prompt, observations included. ``reward/std`` is the population's.
         ``reward/category/<category>`` is the share of a verdict.
         ``rollout/failed_call_share`` is the share of trajectories with at least one failed call,
-        ``rollout/failed_calls`` the share of calls that failed. Without trajectories only the
-        counts are there.
+        ``rollout/failed_calls`` the share of calls that failed. ``rollout/staleness`` is a mean
+        over sampled tokens: the versions by which the weights that sampled them are behind those
+        that are trained; ``rollout/mixed_versions`` is the share of trajectories that more than one
+        version sampled. Without trajectories only the counts are there.
     """
+    trajectories = batch.trajectories
     metrics: dict[str, float] = {
         "rollout/trajectories": float(len(trajectories)),
-        "rollout/dropped": float(num_dropped),
+        "rollout/dropped": float(batch.num_dropped),
     }
     if with_teacher:
         metrics["rollout/unscored"] = float(sum(not t.is_scored for t in trajectories))
     if not trajectories:
         return metrics
-    return metrics | _rewards(trajectories) | _tools(trajectories) | _lengths(trajectories)
+    for part in (_rewards, _tools, _lengths):
+        metrics |= part(trajectories)
+    return metrics | _staleness(batch)
 
 
 def _rewards(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -82,6 +84,16 @@ def _lengths(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     for reason, count in sorted(Counter(t.end_reason for t in trajectories).items()):
         metrics[f"rollout/end/{reason}"] = count / len(trajectories)
     return metrics
+
+
+def _staleness(batch: RecordedBatch) -> dict[str, float]:
+    staleness = batch.staleness
+    versions = [np.unique(t.weight_version[t.loss_mask]) for t in batch.trajectories]
+    return {
+        "rollout/staleness": float(staleness.mean()) if staleness.size else 0.0,
+        "rollout/staleness_max": float(staleness.max(initial=0)),
+        "rollout/mixed_versions": _mean([len(found) > 1 for found in versions]),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,6 +5,9 @@ tried again from its prompt, then dropped and counted; it never takes the batch 
 becomes an observation or a wrong answer. A failing verifier is asked again first, for the same
 trajectory. A trajectory that the teacher cannot score keeps its reward and is marked as unscored by
 NaN. Only a data row that its verifier calls unusable ends the batch: no retry would mend it.
+
+A batch may ask for more prompts than it needs: the first that are done count, and the conversations
+of the others are ended.
 """
 
 from __future__ import annotations
@@ -14,12 +17,17 @@ import dataclasses
 import logging
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from sod_mcore.rewards import RewardResult
 from sod_mcore.rollout.episode import Sampling
+from sod_mcore.rollout.slots import Slots
 from sod_mcore.trajectory import Prompt, Trajectory
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +42,10 @@ class RolloutRequest:
         sampling: temperature and nucleus.
         with_teacher: whether the teacher scores each trajectory.
         tools_enabled: whether tool calls are executed.
+        spare_prompts: prompts more than are needed. When all others are done, those that are not
+            are given up, whichever they are: this leaves out the prompts whose slowest sample is
+            slowest, so the batch leans towards short answers.
+        is_urgent: whether its conversations go before those of batches submitted earlier.
     """
 
     prompts: tuple[Prompt, ...]
@@ -41,11 +53,13 @@ class RolloutRequest:
     sampling: Sampling
     with_teacher: bool = True
     tools_enabled: bool = True
+    spare_prompts: int = 0
+    is_urgent: bool = False
 
     @property
     def num_trajectories(self) -> int:
-        """Trajectories asked for."""
-        return len(self.prompts) * self.samples_per_prompt
+        """Trajectories of a whole batch."""
+        return (len(self.prompts) - self.spare_prompts) * self.samples_per_prompt
 
 
 @dataclass(frozen=True)
@@ -62,11 +76,12 @@ class RolloutResult:
     """A finished batch: trajectories in prompt order, samples of a group together.
 
     Attributes:
-        trajectories: those that were not dropped.
-        num_dropped: trajectories given up after all attempts.
-        num_unscored: trajectories that the teacher was asked to score and could not.
+        trajectories: those that were not dropped, of the prompts that count.
+        num_dropped: trajectories of these prompts that were given up after all attempts.
+        num_unscored: those that the teacher was asked to score and could not.
         num_retries: attempts beyond the first.
         failures: one line for each kind of failure met, for the log.
+        num_cancelled: trajectories of the prompts that were not waited for.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -74,6 +89,7 @@ class RolloutResult:
     num_unscored: int
     num_retries: int
     failures: tuple[str, ...]
+    num_cancelled: int = 0
 
 
 class UnusableRowError(Exception):
@@ -107,6 +123,8 @@ class BatchServices:
 
 @dataclass
 class _Counts:
+    """What happened to the samples of one prompt, or of all."""
+
     finished: int = 0
     dropped: int = 0
     unscored: int = 0
@@ -114,49 +132,85 @@ class _Counts:
     failures: dict[str, None] = dataclasses.field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """The samples of one prompt, all finished or dropped."""
+
+    trajectories: tuple[Trajectory, ...]
+    counts: _Counts
+
+
 async def run_batch(
     request: RolloutRequest,
     services: BatchServices,
     *,
-    concurrency: int,
+    slots: Slots,
+    priority: int,
     attempts: int,
     on_progress: Callable[[RolloutProgress], None],
 ) -> RolloutResult:
     """Sample, reward and score every trajectory of ``request``.
 
     Args:
-        concurrency: conversations under way at the same time; scoring does not count.
+        slots: conversations under way at the same time, over all batches; scoring holds none.
+        priority: of its conversations, among those that wait for a slot.
         attempts: tries of a trajectory before it is dropped.
         on_progress: called after each trajectory.
     """
-    slots = asyncio.Semaphore(concurrency)
-    counts = _Counts()
+    total = _Counts()
+    num_started = len(request.prompts) * request.samples_per_prompt
 
-    async def one(prompt: Prompt) -> Trajectory | None:
-        trajectory = await _sample_and_score(prompt, request, services, slots, attempts, counts)
-        counts.finished += trajectory is not None
-        counts.dropped += trajectory is None
-        on_progress(RolloutProgress(counts.finished, counts.dropped, request.num_trajectories))
+    async def one(prompt: Prompt, counts: _Counts) -> Trajectory | None:
+        trajectory = await _sample_and_score(
+            prompt, request, services, partial(slots.hold, priority), attempts, counts
+        )
+        for each in (counts, total):
+            each.finished += trajectory is not None
+            each.dropped += trajectory is None
+        on_progress(RolloutProgress(total.finished, total.dropped, num_started))
         return trajectory
 
-    jobs = [one(prompt) for prompt in request.prompts for _ in range(request.samples_per_prompt)]
-    results: Sequence[Trajectory | None] = await _all_or_first_error(jobs)
+    async def group(prompt: Prompt) -> _Group:
+        counts = _Counts()
+        jobs = [one(prompt, counts) for _ in range(request.samples_per_prompt)]
+        samples = await _all_or_first_error(jobs)
+        return _Group(tuple(t for t in samples if t is not None), counts)
+
+    wanted = len(request.prompts) - request.spare_prompts
+    groups = await _first_of([group(prompt) for prompt in request.prompts], wanted)
+    if request.spare_prompts:
+        on_progress(RolloutProgress(total.finished, total.dropped, total.finished + total.dropped))
+    return _collect(groups, num_cancelled=request.spare_prompts * request.samples_per_prompt)
+
+
+def _collect(groups: Sequence[_Group], num_cancelled: int) -> RolloutResult:
     return RolloutResult(
-        trajectories=tuple(t for t in results if t is not None),
-        num_dropped=counts.dropped,
-        num_unscored=counts.unscored,
-        num_retries=counts.retries,
-        failures=tuple(counts.failures),
+        trajectories=tuple(t for group in groups for t in group.trajectories),
+        num_dropped=sum(group.counts.dropped for group in groups),
+        num_unscored=sum(group.counts.unscored for group in groups),
+        num_retries=sum(group.counts.retries for group in groups),
+        failures=tuple(dict.fromkeys(f for group in groups for f in group.counts.failures)),
+        num_cancelled=num_cancelled,
     )
 
 
-async def _all_or_first_error(
-    jobs: Sequence[Coroutine[Any, Any, Trajectory | None]],
-) -> Sequence[Trajectory | None]:
+async def _all_or_first_error(jobs: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Results in order; the first error ends the other jobs and is raised."""
+    return await _first_of(jobs, len(jobs))
+
+
+async def _first_of(jobs: Sequence[Coroutine[Any, Any, Result]], count: int) -> list[Result]:
+    """Results of the first ``count`` jobs to finish, in the order of ``jobs``; the rest are ended.
+
+    The first error ends all of them and is raised.
+    """
     tasks = [asyncio.create_task(job) for job in jobs]
     try:
-        return await asyncio.gather(*tasks)
+        for number_done, earliest in enumerate(asyncio.as_completed(tasks), start=1):
+            await earliest
+            if number_done == count:
+                break
+        return [task.result() for task in tasks if task.done()][:count]
     finally:
         await _cancel(*tasks)
 
@@ -172,14 +226,14 @@ async def _sample_and_score(
     prompt: Prompt,
     request: RolloutRequest,
     services: BatchServices,
-    slots: asyncio.Semaphore,
+    hold_slot: Callable[[], AbstractAsyncContextManager[None]],
     attempts: int,
     counts: _Counts,
 ) -> Trajectory | None:
     for attempt in range(attempts):
         counts.retries += attempt > 0
         try:
-            async with slots:
+            async with hold_slot():
                 trajectory = await services.run_episode(prompt, request)
             return await _finish(prompt, trajectory, request, services, attempts, counts)
         except UnusableRowError:

@@ -8,6 +8,7 @@ pipe's other end closes.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -64,6 +65,34 @@ class PoolFailure:
     message: str
 
 
+Ticket = int
+"""Names a submitted batch."""
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """A batch to work on."""
+
+    ticket: Ticket
+    request: RolloutRequest
+
+
+@dataclass(frozen=True)
+class BatchProgress:
+    """How far a batch is."""
+
+    ticket: Ticket
+    progress: RolloutProgress
+
+
+@dataclass(frozen=True)
+class BatchDone:
+    """A finished batch."""
+
+    ticket: Ticket
+    result: RolloutResult
+
+
 @dataclass(frozen=True)
 class GateRequest:
     """Close (pause) or open (resume) the gate through which requests reach the engines."""
@@ -97,7 +126,8 @@ class RolloutPool:
         """
         self._log_path = settings.run_directory / "rollout_pool.log"
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._results: deque[RolloutResult] = deque()
+        self._tickets = itertools.count()
+        self._results: dict[Ticket, RolloutResult] = {}
         self._gate_replies: deque[GateReply] = deque()
         # Whichever of the two processes is killed, the other one removes it.
         self._temporary = tempfile.TemporaryDirectory(
@@ -120,17 +150,23 @@ class RolloutPool:
         self._is_ready = False
         self._wait_until(lambda: self._is_ready, START_TIMEOUT_SECONDS, "start")
 
-    def submit(self, request: RolloutRequest) -> None:
-        """Queue a batch; batches are worked on, and collected, in the order of submission."""
-        self._send(request)
+    def submit(self, request: RolloutRequest) -> Ticket:
+        """Begin a batch, beside those that are under way; returns what ``collect`` takes.
+
+        Conversations of earlier batches, and of urgent ones, get free slots first.
+        """
+        ticket = next(self._tickets)
+        self._send(BatchOrder(ticket, request))
+        return ticket
 
     def collect(
         self,
+        ticket: Ticket,
         timeout_seconds: float,
         on_progress: Callable[[RolloutProgress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> RolloutResult:
-        """Wait for the oldest batch not yet collected.
+        """Wait for a batch; each can be collected once.
 
         Raises:
             RolloutError: the pool died or the deadline passed.
@@ -138,12 +174,16 @@ class RolloutPool:
         """
 
         def is_over() -> bool:
-            return bool(self._results) or should_stop()
+            return ticket in self._results or should_stop()
 
-        self._wait_until(is_over, timeout_seconds, "finish a batch", on_progress)
-        if not self._results:
+        def hear(message: BatchProgress) -> None:
+            if on_progress is not None and message.ticket == ticket:
+                on_progress(message.progress)
+
+        self._wait_until(is_over, timeout_seconds, "finish a batch", hear)
+        if ticket not in self._results:
             raise RolloutInterruptedError
-        return self._results.popleft()
+        return self._results.pop(ticket)
 
     def pause(self, timeout_seconds: float = 60.0) -> None:
         """Let no further request reach the engines; returns when none is in flight."""
@@ -180,7 +220,7 @@ class RolloutPool:
         self._wait_until(lambda: bool(self._gate_replies), timeout_seconds, action)
         self._gate_replies.popleft()
 
-    def _send(self, message: RolloutRequest | GateRequest) -> None:
+    def _send(self, message: BatchOrder | GateRequest) -> None:
         try:
             self._connection.send(message)
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -197,7 +237,7 @@ class RolloutPool:
         condition: Callable[[], bool],
         timeout_seconds: float,
         action: str,
-        on_progress: Callable[[RolloutProgress], None] | None = None,
+        on_progress: Callable[[BatchProgress], None] = lambda message: None,
     ) -> None:
         deadline = time.monotonic() + timeout_seconds
         while not condition():
@@ -208,7 +248,7 @@ class RolloutPool:
                 )
             self._receive(on_progress)
 
-    def _receive(self, on_progress: Callable[[RolloutProgress], None] | None) -> None:
+    def _receive(self, on_progress: Callable[[BatchProgress], None]) -> None:
         try:
             if not self._connection.poll(_POLL_SECONDS):
                 return
@@ -217,11 +257,10 @@ class RolloutPool:
             raise self._died() from error
         if isinstance(message, PoolReady):
             self._is_ready = True
-        elif isinstance(message, RolloutProgress):
-            if on_progress is not None:
-                on_progress(message)
-        elif isinstance(message, RolloutResult):
-            self._results.append(message)
+        elif isinstance(message, BatchProgress):
+            on_progress(message)
+        elif isinstance(message, BatchDone):
+            self._results[message.ticket] = message.result
         elif isinstance(message, GateReply):
             self._gate_replies.append(message)
         elif isinstance(message, PoolFailure):

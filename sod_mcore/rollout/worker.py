@@ -19,18 +19,25 @@ from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, run_batch
+from sod_mcore.rollout.batch import RolloutProgress, run_batch
 from sod_mcore.rollout.pool import (
     CLOSE_TIMEOUT_SECONDS,
+    BatchDone,
+    BatchOrder,
+    BatchProgress,
     GateReply,
     GateRequest,
     PoolFailure,
     PoolReady,
     PoolSettings,
+    Ticket,
 )
 from sod_mcore.rollout.services import RolloutServices, open_services
+from sod_mcore.rollout.slots import Slots
 
 _PROGRESS_SECONDS = 0.25
+URGENT = -1
+"""Goes before every ticket."""
 
 
 def main() -> None:
@@ -54,58 +61,83 @@ async def _serve(connection: Connection, settings: PoolSettings) -> None:
     async with AsyncExitStack() as stack:
         services = await open_services(settings, stack)
         connection.send(PoolReady())
-        batches: asyncio.Queue[RolloutRequest] = asyncio.Queue()
-        worker = asyncio.create_task(_work(connection, settings, services, batches))
+        batches = _Batches(connection, settings, services)
         try:
-            await _dispatch(messages, batches, worker, connection, services)
+            await _dispatch(messages, batches, connection, services)
         finally:
-            worker.cancel()
-            await asyncio.gather(worker, return_exceptions=True)
+            await batches.end()
 
 
 async def _dispatch(
     messages: asyncio.Queue[Any],
-    batches: asyncio.Queue[RolloutRequest],
-    worker: asyncio.Task[None],
+    batches: _Batches,
     connection: Connection,
     services: RolloutServices,
 ) -> None:
-    """Hand batches to the worker; gate requests are answered while a batch runs."""
+    """Begin what is asked for until the pipe closes, or a batch fails."""
+    next_message = asyncio.create_task(messages.get())
     while True:
-        next_message = asyncio.create_task(messages.get())
-        await asyncio.wait({next_message, worker}, return_when=asyncio.FIRST_COMPLETED)
-        if worker.done():
-            next_message.cancel()
-            worker.result()
-        message = await next_message
+        await asyncio.wait({next_message, *batches.running}, return_when=asyncio.FIRST_COMPLETED)
+        batches.forget_finished()
+        if not next_message.done():
+            continue
+        message = next_message.result()
         if message is None:
             return
         if isinstance(message, GateRequest):
             await services.set_gate(message.is_open)
             connection.send(GateReply(message.is_open))
         else:
-            batches.put_nowait(message)
+            batches.begin(message)
+        next_message = asyncio.create_task(messages.get())
 
 
-async def _work(
-    connection: Connection,
-    settings: PoolSettings,
-    services: RolloutServices,
-    batches: asyncio.Queue[RolloutRequest],
-) -> None:
-    while True:
-        request = await batches.get()
+class _Batches:
+    """The batches under way, which share the slots."""
+
+    def __init__(
+        self, connection: Connection, settings: PoolSettings, services: RolloutServices
+    ) -> None:
+        self._connection = connection
+        self._settings = settings
+        self._services = services
+        self._slots = Slots(settings.rollout.concurrency)
+        self.running: set[asyncio.Task[None]] = set()
+
+    def begin(self, order: BatchOrder) -> None:
+        """Work on a batch beside the others."""
+        self.running.add(asyncio.create_task(self._run(order)))
+
+    def forget_finished(self) -> None:
+        """Let go of finished batches.
+
+        Raises:
+            UnusableRowError: and whatever else ended a batch.
+        """
+        finished = {task for task in self.running if task.done()}
+        self.running -= finished
+        for task in finished:
+            task.result()
+
+    async def end(self) -> None:
+        """Give up what still runs."""
+        for task in self.running:
+            task.cancel()
+        await asyncio.gather(*self.running, return_exceptions=True)
+
+    async def _run(self, order: BatchOrder) -> None:
         result = await run_batch(
-            request,
-            services.batch_services,
-            concurrency=settings.rollout.concurrency,
-            attempts=settings.rollout.attempts,
-            on_progress=_throttled_sender(connection),
+            order.request,
+            self._services.batch_services,
+            slots=self._slots,
+            priority=URGENT if order.request.is_urgent else order.ticket,
+            attempts=self._settings.rollout.attempts,
+            on_progress=_throttled_sender(self._connection, order.ticket),
         )
-        connection.send(result)
+        self._connection.send(BatchDone(order.ticket, result))
 
 
-def _throttled_sender(connection: Connection) -> Callable[[RolloutProgress], None]:
+def _throttled_sender(connection: Connection, ticket: Ticket) -> Callable[[RolloutProgress], None]:
     loop = asyncio.get_running_loop()
     next_time = loop.time()
 
@@ -114,7 +146,7 @@ def _throttled_sender(connection: Connection) -> Callable[[RolloutProgress], Non
         is_done = progress.finished + progress.dropped == progress.total
         if is_done or loop.time() >= next_time:
             next_time = loop.time() + _PROGRESS_SECONDS
-            connection.send(progress)
+            connection.send(BatchProgress(ticket, progress))
 
     return send
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from sod_mcore.evaluation.data_sets import DataSet
 from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
-from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError
+from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError, Ticket
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.trajectory import Prompt, Trajectory
 
@@ -39,23 +38,25 @@ class FakePool:
 
     def __init__(self, dies_after: int | None = None, drops: Sequence[str] = ()) -> None:
         self.requests: list[RolloutRequest] = []
-        self._waiting: deque[RolloutRequest] = deque()
+        self._waiting: dict[Ticket, RolloutRequest] = {}
         self._dies_after = dies_after
         self._drops = set(drops)
 
-    def submit(self, request: RolloutRequest) -> None:
+    def submit(self, request: RolloutRequest) -> Ticket:
         self.requests.append(request)
-        self._waiting.append(request)
+        self._waiting[len(self.requests)] = request
+        return len(self.requests)
 
     def collect(
         self,
+        ticket: Ticket,
         timeout_seconds: float,
         on_progress: Callable[[RolloutProgress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> RolloutResult:
         if should_stop():
             raise RolloutInterruptedError
-        request = self._waiting.popleft()
+        request = self._waiting.pop(ticket)
         if self._dies_after is not None and len(self.requests) > self._dies_after:
             raise RolloutError("the rollout pool ended with exit code -9")
         trajectories = [
@@ -83,6 +84,7 @@ class SlowPool(FakePool):
 
     def collect(
         self,
+        ticket: Ticket,
         timeout_seconds: float,
         on_progress: Callable[[RolloutProgress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,

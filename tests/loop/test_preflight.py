@@ -148,6 +148,24 @@ def test_a_nucleus_that_the_logprobs_do_not_know(tree: dict[str, Any]) -> None:
     assert "rollout.top_p is 0.9" in problem(tree, algorithm__old_logprobs="rollout")
 
 
+def test_old_tokens_need_a_correction(tree: dict[str, Any]) -> None:
+    tree["rollout"] = {"max_staleness": 1}
+    assert "set algorithm.tis_cap (2.0 is usual)" in problem(tree)
+    tree["algorithm"] |= {"old_logprobs": "rollout"}
+    assert "max_staleness" not in problem(tree)
+    tree["algorithm"] |= {"old_logprobs": "recompute", "tis_cap": 2.0}
+    assert "max_staleness" not in problem(tree)
+
+
+def test_a_teacher_that_would_change_while_it_scores_ahead(tree: dict[str, Any]) -> None:
+    tree["rollout"] = {"max_staleness": 1}
+    tree["algorithm"] |= {"tis_cap": 2.0}
+    tree["teacher"] = {"weights": "average"}
+    message = problem(tree)
+    assert "teacher.weights is average" in message
+    assert "set teacher.weights=served, or rollout.max_staleness=0" in message
+
+
 def test_a_temperature_that_the_teacher_cannot_score(tree: dict[str, Any]) -> None:
     assert "rollout.temperature is 0.7" in problem(tree, rollout={"temperature": 0.7})
 

@@ -18,6 +18,7 @@ from sod_mcore.rollout.batch import (
 )
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.pool import RolloutError, check_losses
+from sod_mcore.rollout.slots import Slots
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.tools.interface import InfrastructureError
 from sod_mcore.trajectory import Prompt, Trajectory
@@ -86,9 +87,12 @@ class Services:
         return BatchServices(self.episode, self.reward, self.score, UnusableScoreError)
 
 
-def request(prompts: int, samples: int = 2) -> RolloutRequest:
+def request(prompts: int, samples: int = 2, spare: int = 0) -> RolloutRequest:
     return RolloutRequest(
-        tuple(Prompt((), "", "s", f"p{i}") for i in range(prompts)), samples, Sampling(1.0, 1.0)
+        tuple(Prompt((), "", "s", f"p{i}") for i in range(prompts + spare)),
+        samples,
+        Sampling(1.0, 1.0),
+        spare_prompts=spare,
     )
 
 
@@ -98,7 +102,8 @@ def run(services: Services, asked: RolloutRequest, concurrency: int = 8) -> Roll
             return await run_batch(
                 asked,
                 services.bound(),
-                concurrency=concurrency,
+                slots=Slots(concurrency),
+                priority=0,
                 attempts=3,
                 on_progress=lambda progress: None,
             )
@@ -171,12 +176,50 @@ def test_concurrency_is_bounded() -> None:
     assert services.most_running == 4
 
 
+def test_spare_prompts_hold_nobody_up() -> None:
+    """The two slow prompts are given up, with what ran for them, and nothing of them counts."""
+    services = Services({"p0": 100, "p3": 1})
+    services.seconds = {"p1": 60.0, "p4": 60.0}
+    result = run(services, request(3, samples=2, spare=2))
+    assert [t.group_id for t in result.trajectories] == ["p2", "p2", "p3", "p3"]
+    assert (result.num_dropped, result.num_retries, result.num_cancelled) == (2, 5, 4)
+
+
+def test_an_error_ends_a_batch_with_spare_prompts() -> None:
+    services = Services()
+    services.reward_errors = [ValueError("the ground truth is empty")]
+    services.seconds = {"p1": 60.0}
+    with pytest.raises(UnusableRowError):
+        run(services, request(1, samples=1, spare=1))
+
+
+def test_the_last_progress_of_a_batch_with_spare_prompts_is_its_end() -> None:
+    seen: list[RolloutProgress] = []
+    services = Services()
+    services.seconds = {"p1": 60.0}
+    batch = run_batch(
+        request(2, 2, spare=1),
+        services.bound(),
+        slots=Slots(8),
+        priority=0,
+        attempts=1,
+        on_progress=seen.append,
+    )
+    asyncio.run(batch)
+    assert seen[-1] == RolloutProgress(finished=4, dropped=0, total=4)
+
+
 def test_progress_reaches_the_total() -> None:
     seen: list[RolloutProgress] = []
     services = Services({"p0": 100})
     asyncio.run(
         run_batch(
-            request(2, 1), services.bound(), concurrency=1, attempts=1, on_progress=seen.append
+            request(2, 1),
+            services.bound(),
+            slots=Slots(1),
+            priority=0,
+            attempts=1,
+            on_progress=seen.append,
         )
     )
     assert seen[-1] == RolloutProgress(finished=1, dropped=1, total=2)
