@@ -57,9 +57,14 @@ class RolloutRequest:
     is_urgent: bool = False
 
     @property
+    def num_prompts(self) -> int:
+        """Prompts of a whole batch."""
+        return len(self.prompts) - self.spare_prompts
+
+    @property
     def num_trajectories(self) -> int:
         """Trajectories of a whole batch."""
-        return (len(self.prompts) - self.spare_prompts) * self.samples_per_prompt
+        return self.num_prompts * self.samples_per_prompt
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,8 @@ class BatchServices:
 
 @dataclass
 class _Counts:
-    """What happened to the samples of one prompt, or of all."""
+    """What happened to the samples of one prompt."""
 
-    finished: int = 0
     dropped: int = 0
     unscored: int = 0
     retries: int = 0
@@ -133,11 +137,18 @@ class _Counts:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """The samples of one prompt, all finished or dropped."""
+class GroupResult:
+    """The samples of one prompt, all finished or dropped; fields as in :class:`RolloutResult`."""
 
     trajectories: tuple[Trajectory, ...]
-    counts: _Counts
+    num_dropped: int = 0
+    num_unscored: int = 0
+    num_retries: int = 0
+    failures: tuple[str, ...] = ()
+
+
+HoldSlot = Callable[[], AbstractAsyncContextManager[None]]
+"""Waits for a free slot and holds it."""
 
 
 async def run_batch(
@@ -149,48 +160,88 @@ async def run_batch(
     attempts: int,
     on_progress: Callable[[RolloutProgress], None],
 ) -> RolloutResult:
-    """Sample, reward and score every trajectory of ``request``.
+    """Sample, reward and score every trajectory of a batch.
 
     Args:
-        slots: conversations under way at the same time, over all batches; scoring holds none.
-        priority: of its conversations, among those that wait for a slot.
-        attempts: tries of a trajectory before it is dropped.
-        on_progress: called after each trajectory.
-    """
-    total = _Counts()
-    num_started = len(request.prompts) * request.samples_per_prompt
+        request: what to sample.
+        services: what does it.
+        slots: bound the conversations under way over all batches that share them.
+        priority: of this batch's claim to free slots; a smaller one goes first.
+        attempts: tries of one trajectory.
+        on_progress: called when a trajectory is finished or dropped.
 
-    async def one(prompt: Prompt, counts: _Counts) -> Trajectory | None:
-        trajectory = await _sample_and_score(
-            prompt, request, services, partial(slots.hold, priority), attempts, counts
-        )
-        for each in (counts, total):
-            each.finished += trajectory is not None
-            each.dropped += trajectory is None
-        on_progress(RolloutProgress(total.finished, total.dropped, num_started))
+    Raises:
+        UnusableRowError: of the first such row; every other conversation is ended first.
+    """
+    num_started = len(request.prompts) * request.samples_per_prompt
+    finished = dropped = 0
+
+    def hear(is_finished: bool) -> None:
+        nonlocal finished, dropped
+        finished += is_finished
+        dropped += not is_finished
+        on_progress(RolloutProgress(finished, dropped, num_started))
+
+    hold_slot = partial(slots.hold, priority)
+    jobs = [
+        run_group(prompt, request, services, hold_slot=hold_slot, attempts=attempts, on_sample=hear)
+        for prompt in request.prompts
+    ]
+    groups = await _first_of(jobs, request.num_prompts)
+    if request.spare_prompts:
+        on_progress(RolloutProgress(finished, dropped, finished + dropped))
+    return join_groups(groups, request)
+
+
+async def run_group(
+    prompt: Prompt,
+    request: RolloutRequest,
+    services: BatchServices,
+    *,
+    hold_slot: HoldSlot,
+    attempts: int,
+    on_sample: Callable[[bool], None],
+) -> GroupResult:
+    """Sample, reward and score every trajectory of one prompt.
+
+    Args:
+        prompt: the prompt.
+        request: the batch that it belongs to.
+        services: what does it.
+        hold_slot: held while a conversation is played.
+        attempts: tries of one trajectory.
+        on_sample: hears of each trajectory whether it is finished, or else dropped.
+
+    Raises:
+        UnusableRowError: the row is; every conversation of the group is ended first.
+    """
+    counts = _Counts()
+
+    async def one() -> Trajectory | None:
+        trajectory = await _sample_and_score(prompt, request, services, hold_slot, attempts, counts)
+        counts.dropped += trajectory is None
+        on_sample(trajectory is not None)
         return trajectory
 
-    async def group(prompt: Prompt) -> _Group:
-        counts = _Counts()
-        jobs = [one(prompt, counts) for _ in range(request.samples_per_prompt)]
-        samples = await _all_or_first_error(jobs)
-        return _Group(tuple(t for t in samples if t is not None), counts)
-
-    wanted = len(request.prompts) - request.spare_prompts
-    groups = await _first_of([group(prompt) for prompt in request.prompts], wanted)
-    if request.spare_prompts:
-        on_progress(RolloutProgress(total.finished, total.dropped, total.finished + total.dropped))
-    return _collect(groups, num_cancelled=request.spare_prompts * request.samples_per_prompt)
+    samples = await _all_or_first_error([one() for _ in range(request.samples_per_prompt)])
+    return GroupResult(
+        trajectories=tuple(t for t in samples if t is not None),
+        num_dropped=counts.dropped,
+        num_unscored=counts.unscored,
+        num_retries=counts.retries,
+        failures=tuple(counts.failures),
+    )
 
 
-def _collect(groups: Sequence[_Group], num_cancelled: int) -> RolloutResult:
+def join_groups(groups: Sequence[GroupResult], request: RolloutRequest) -> RolloutResult:
+    """The batch of these groups, which are those that count, in prompt order."""
     return RolloutResult(
         trajectories=tuple(t for group in groups for t in group.trajectories),
-        num_dropped=sum(group.counts.dropped for group in groups),
-        num_unscored=sum(group.counts.unscored for group in groups),
-        num_retries=sum(group.counts.retries for group in groups),
-        failures=tuple(dict.fromkeys(f for group in groups for f in group.counts.failures)),
-        num_cancelled=num_cancelled,
+        num_dropped=sum(group.num_dropped for group in groups),
+        num_unscored=sum(group.num_unscored for group in groups),
+        num_retries=sum(group.num_retries for group in groups),
+        failures=tuple(dict.fromkeys(line for group in groups for line in group.failures)),
+        num_cancelled=request.spare_prompts * request.samples_per_prompt,
     )
 
 
@@ -226,7 +277,7 @@ async def _sample_and_score(
     prompt: Prompt,
     request: RolloutRequest,
     services: BatchServices,
-    hold_slot: Callable[[], AbstractAsyncContextManager[None]],
+    hold_slot: HoldSlot,
     attempts: int,
     counts: _Counts,
 ) -> Trajectory | None:
