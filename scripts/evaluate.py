@@ -24,7 +24,8 @@ from sod_mcore.files import write_text
 from sod_mcore.loop.opening import pool_settings
 from sod_mcore.loop.preflight import live_endpoints
 from sod_mcore.loop.run_prompts import read_run_prompts
-from sod_mcore.rollout.pool import RolloutError, RolloutPool
+from sod_mcore.rollout.open_pool import open_pool
+from sod_mcore.rollout.pool import RolloutError
 from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import FleetError
@@ -67,7 +68,7 @@ def evaluate_folder(config: SodConfig, weights: Path) -> dict[str, float]:
     endpoints = live_endpoints(config)
     timeout = config.serving.request_timeout_seconds
     update_weights(endpoints, "student", DiskTransfer(weights), VERSION, timeout)
-    with RolloutPool(pool_settings(config, prompts.sources)) as pool:
+    with open_pool(pool_settings(config, prompts.sources)) as pool:
         results = [
             evaluate_temperature(
                 pool,

@@ -1,15 +1,13 @@
-"""The rollout pool as the trainer sees it: submit a batch, collect it, pause, resume, close.
+"""The rollout pool as one process on this machine.
 
-The pool is a process of its own (``rollout/worker.py``), so that parsing megabytes of JSON never
-holds up the trainer, and so that Ray actors can take its place without a change here. It is started
-before ``torch.distributed`` and talks over one pipe. It ends by itself when the trainer does: the
-pipe's other end closes.
+A process of its own (``rollout/worker.py``), so that parsing megabytes of JSON never holds up the
+trainer. It is started before ``torch.distributed`` and talks over one pipe. It ends by itself when
+the trainer does: the pipe's other end closes.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,39 +16,19 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from pathlib import Path
-from types import TracebackType
 
-from sod_mcore.config import (
-    ChatConfig,
-    RewardConfig,
-    RolloutConfig,
-    ServingConfig,
-    TeacherConfig,
-    ToolsConfig,
-)
 from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
-
-START_TIMEOUT_SECONDS = 180.0
-CLOSE_TIMEOUT_SECONDS = 10.0
-_POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """All that the pool process needs to know; sent to it once at start."""
-
-    run_directory: Path
-    serving_directory: Path
-    student_path: Path
-    serving: ServingConfig
-    rollout: RolloutConfig
-    tools: ToolsConfig
-    reward: RewardConfig
-    chat: ChatConfig
-    teacher: TeacherConfig
-    teacher_top_k: int
-    sources: tuple[str, ...]
+from sod_mcore.rollout.child_environment import single_process_environment
+from sod_mcore.rollout.pool import (
+    CLOSE_TIMEOUT_SECONDS,
+    POLL_SECONDS,
+    START_TIMEOUT_SECONDS,
+    PoolSettings,
+    RolloutError,
+    RolloutInterruptedError,
+    RolloutPool,
+    Ticket,
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +41,6 @@ class PoolFailure:
     """Last message of a pool process that cannot go on."""
 
     message: str
-
-
-Ticket = int
-"""Names a submitted batch."""
 
 
 @dataclass(frozen=True)
@@ -107,16 +81,8 @@ class GateReply:
     is_open: bool
 
 
-class RolloutError(RuntimeError):
-    """The pool process died, missed its deadline or lost too many trajectories."""
-
-
-class RolloutInterruptedError(Exception):
-    """Collecting was given up because the run was asked to stop."""
-
-
-class RolloutPool:
-    """Handle on the pool process; used by global rank 0 only."""
+class ProcessPool(RolloutPool):
+    """Handle on the pool process."""
 
     def __init__(self, settings: PoolSettings) -> None:
         """Start the process and wait until it has reached the engines.
@@ -142,7 +108,7 @@ class RolloutPool:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**_single_process_environment(), "TMPDIR": self._temporary.name},
+                env={**single_process_environment(), "TMPDIR": self._temporary.name},
                 start_new_session=True,  # Ctrl-C is the trainer's to handle; the pool follows it
             )
         theirs.close()
@@ -151,10 +117,6 @@ class RolloutPool:
         self._wait_until(lambda: self._is_ready, START_TIMEOUT_SECONDS, "start")
 
     def submit(self, request: RolloutRequest) -> Ticket:
-        """Begin a batch, beside those that are under way; returns what ``collect`` takes.
-
-        Conversations of earlier batches, and of urgent ones, get free slots first.
-        """
         ticket = next(self._tickets)
         self._send(BatchOrder(ticket, request))
         return ticket
@@ -166,13 +128,6 @@ class RolloutPool:
         on_progress: Callable[[RolloutProgress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> RolloutResult:
-        """Wait for a batch; each can be collected once.
-
-        Raises:
-            RolloutError: the pool died or the deadline passed.
-            RolloutInterruptedError: ``should_stop`` became true first.
-        """
-
         def is_over() -> bool:
             return ticket in self._results or should_stop()
 
@@ -186,11 +141,9 @@ class RolloutPool:
         return self._results.pop(ticket)
 
     def pause(self, timeout_seconds: float = 60.0) -> None:
-        """Let no further request reach the engines; returns when none is in flight."""
         self._set_gate(False, timeout_seconds)
 
     def resume(self, timeout_seconds: float = 60.0) -> None:
-        """Let requests through again."""
         self._set_gate(True, timeout_seconds)
 
     def close(self) -> None:
@@ -202,17 +155,6 @@ class RolloutPool:
             self._process.kill()
             self._process.wait()
         self._temporary.cleanup()
-
-    def __enter__(self) -> RolloutPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _set_gate(self, is_open: bool, timeout_seconds: float) -> None:
         self._send(GateRequest(is_open))
@@ -250,7 +192,7 @@ class RolloutPool:
 
     def _receive(self, on_progress: Callable[[BatchProgress], None]) -> None:
         try:
-            if not self._connection.poll(_POLL_SECONDS):
+            if not self._connection.poll(POLL_SECONDS):
                 return
             message = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
@@ -265,28 +207,3 @@ class RolloutPool:
             self._gate_replies.append(message)
         elif isinstance(message, PoolFailure):
             raise RolloutError(message.message)
-
-
-def check_losses(result: RolloutResult, request: RolloutRequest, config: RolloutConfig) -> None:
-    """Stop the run when too much of a batch was lost to infrastructure (design rule 8).
-
-    Raises:
-        RolloutError: more than the configured share was dropped or could not be scored.
-    """
-    losses = (
-        ("dropped", result.num_dropped, config.max_dropped_fraction, "max_dropped_fraction"),
-        ("unscored", result.num_unscored, config.max_unscored_fraction, "max_unscored_fraction"),
-    )
-    for word, count, allowed, field_name in losses:
-        if count > allowed * request.num_trajectories:
-            causes = "; ".join(result.failures) or "no cause recorded"
-            raise RolloutError(
-                f"{count} of {request.num_trajectories} trajectories {word}, more than "
-                f"rollout.{field_name}={allowed} allows. Causes: {causes}"
-            )
-
-
-def _single_process_environment() -> dict[str, str]:
-    """The environment without torchrun's variables: the pool is no rank."""
-    torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_")
-    return {key: value for key, value in os.environ.items() if not key.startswith(torchrun)}

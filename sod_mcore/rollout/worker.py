@@ -1,7 +1,8 @@
-"""The pool process: ``python -m sod_mcore.rollout.worker FD TMPDIR``, started by ``pool.py``.
+"""The pool process: ``python -m sod_mcore.rollout.worker FD TMPDIR``.
 
-It alone talks to the engines' generate endpoints. One asyncio loop runs every conversation, the
-tool calls and the scoring; one thread reads the pipe. When the pipe closes, the process ends.
+``process_pool.py`` starts it. It alone talks to the engines' generate endpoints. One asyncio loop
+runs every conversation, the tool calls and the scoring; one thread reads the pipe. When the pipe
+closes, the process ends.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sod_mcore.rollout.batch import RolloutProgress, run_batch
-from sod_mcore.rollout.pool import (
-    CLOSE_TIMEOUT_SECONDS,
+from sod_mcore.rollout.pool import CLOSE_TIMEOUT_SECONDS, URGENT, PoolSettings, Ticket
+from sod_mcore.rollout.process_pool import (
     BatchDone,
     BatchOrder,
     BatchProgress,
@@ -29,15 +30,11 @@ from sod_mcore.rollout.pool import (
     GateRequest,
     PoolFailure,
     PoolReady,
-    PoolSettings,
-    Ticket,
 )
 from sod_mcore.rollout.services import RolloutServices, open_services
 from sod_mcore.rollout.slots import Slots
 
 _PROGRESS_SECONDS = 0.25
-URGENT = -1
-"""Goes before every ticket."""
 
 
 def main() -> None:

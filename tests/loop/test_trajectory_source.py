@@ -16,15 +16,16 @@ from sod_mcore.data.prompts import PromptSource
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource
 from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
-from sod_mcore.rollout.pool import RolloutError, RolloutPool, Ticket
+from sod_mcore.rollout.pool import RolloutError, Ticket
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.trajectory import Prompt, Trajectory
+from tests.rollout.idle_pool import IdlePool
 
 STEPS = 5
 PROMPTS = tuple(Prompt((), "", "s", f"p{i}") for i in range(20))
 
 
-class VersionedPool:
+class VersionedPool(IdlePool):
     """Samples each batch with the weights of its submission, and tells when that was."""
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ def live_source(pool: VersionedPool, folder: Path, **rollout: int) -> LiveSource
     source = PromptSource(PROMPTS, seed=1)
     # A StopRequest proper takes the signals of the process.
     stop = cast(StopRequest, SimpleNamespace(reason=None))
-    return LiveSource(cast(RolloutPool, pool), source, config, stop)
+    return LiveSource(pool, source, config, stop)
 
 
 def run_steps(source: LiveSource, pool: VersionedPool, first_step: int = 0) -> list[list[str]]:
