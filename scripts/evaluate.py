@@ -24,7 +24,7 @@ from sod_mcore.files import write_text
 from sod_mcore.loop.opening import pool_settings
 from sod_mcore.loop.preflight import live_endpoints
 from sod_mcore.loop.run_prompts import read_run_prompts
-from sod_mcore.rollout.open_pool import open_pool
+from sod_mcore.rollout.open_pool import check_pool, open_pool
 from sod_mcore.rollout.pool import RolloutError
 from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.disk_transfer import DiskTransfer
@@ -64,6 +64,7 @@ def evaluate_folder(config: SodConfig, weights: Path) -> dict[str, float]:
     """
     if not config.evaluation.data_files or config.serving is None:
         raise ConfigError("evaluation.data and serving must be set to evaluate")
+    check_pool(config.rollout)
     prompts = read_run_prompts(config)
     endpoints = live_endpoints(config)
     timeout = config.serving.request_timeout_seconds

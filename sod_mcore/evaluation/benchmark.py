@@ -100,7 +100,9 @@ def _draw(
 def _open_pools(
     config: EvalConfig, sources: tuple[str, ...], count: int, stack: ExitStack
 ) -> list[RolloutPool]:
-    """Pools that work at the same time."""
+    """Pools that work at the same time; Ray's is one, which shares its actors among batches."""
+    if config.rollout.pool == "ray":
+        return [stack.enter_context(open_pool(pool_settings(config, sources, 1)))] * count
     settings = [pool_settings(config, sources, count)] * count
     return [stack.enter_context(open_pool(s)) for s in settings]
 

@@ -16,18 +16,16 @@ import asyncio
 import dataclasses
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 from sod_mcore.rewards import RewardResult
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.slots import Slots
+from sod_mcore.rollout.jobs import all_or_first_error, cancel_and_wait, first_of
+from sod_mcore.rollout.slots import HoldSlot, Slots
 from sod_mcore.trajectory import Prompt, Trajectory
-
-Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -147,10 +145,6 @@ class GroupResult:
     failures: tuple[str, ...] = ()
 
 
-HoldSlot = Callable[[], AbstractAsyncContextManager[None]]
-"""Waits for a free slot and holds it."""
-
-
 async def run_batch(
     request: RolloutRequest,
     services: BatchServices,
@@ -187,7 +181,7 @@ async def run_batch(
         run_group(prompt, request, services, hold_slot=hold_slot, attempts=attempts, on_sample=hear)
         for prompt in request.prompts
     ]
-    groups = await _first_of(jobs, request.num_prompts)
+    groups = await first_of(jobs, request.num_prompts)
     if request.spare_prompts:
         on_progress(RolloutProgress(finished, dropped, finished + dropped))
     return join_groups(groups, request)
@@ -223,7 +217,7 @@ async def run_group(
         on_sample(trajectory is not None)
         return trajectory
 
-    samples = await _all_or_first_error([one() for _ in range(request.samples_per_prompt)])
+    samples = await all_or_first_error([one() for _ in range(request.samples_per_prompt)])
     return GroupResult(
         trajectories=tuple(t for t in samples if t is not None),
         num_dropped=counts.dropped,
@@ -243,34 +237,6 @@ def join_groups(groups: Sequence[GroupResult], request: RolloutRequest) -> Rollo
         failures=tuple(dict.fromkeys(line for group in groups for line in group.failures)),
         num_cancelled=request.spare_prompts * request.samples_per_prompt,
     )
-
-
-async def _all_or_first_error(jobs: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Results in order; the first error ends the other jobs and is raised."""
-    return await _first_of(jobs, len(jobs))
-
-
-async def _first_of(jobs: Sequence[Coroutine[Any, Any, Result]], count: int) -> list[Result]:
-    """Results of the first ``count`` jobs to finish, in the order of ``jobs``; the rest are ended.
-
-    The first error ends all of them and is raised.
-    """
-    tasks = [asyncio.create_task(job) for job in jobs]
-    try:
-        for number_done, earliest in enumerate(asyncio.as_completed(tasks), start=1):
-            await earliest
-            if number_done == count:
-                break
-        return [task.result() for task in tasks if task.done()][:count]
-    finally:
-        await _cancel(*tasks)
-
-
-async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    """End what still runs, and wait for its end."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _sample_and_score(
@@ -310,7 +276,7 @@ async def _finish(
         reward = await _reward(prompt, trajectory, services, attempts, counts)
         scored = await scoring
     finally:
-        await _cancel(scoring)
+        await cancel_and_wait(scoring)
     return dataclasses.replace(
         scored,
         reward=reward.reward,

@@ -112,6 +112,11 @@ class RolloutPool(Protocol):
         self.close()
 
 
+def describe_failure(error: BaseException) -> str:
+    """What the run says of an error that ended its pool."""
+    return f"rollout pool: {type(error).__name__}: {error}"
+
+
 def check_losses(result: RolloutResult, request: RolloutRequest, config: RolloutConfig) -> None:
     """Stop the run when too much of a batch was lost to infrastructure (design rule 8).
 

@@ -21,7 +21,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sod_mcore.rollout.batch import RolloutProgress, run_batch
-from sod_mcore.rollout.pool import CLOSE_TIMEOUT_SECONDS, URGENT, PoolSettings, Ticket
+from sod_mcore.rollout.pool import (
+    CLOSE_TIMEOUT_SECONDS,
+    URGENT,
+    PoolSettings,
+    Ticket,
+    describe_failure,
+)
 from sod_mcore.rollout.process_pool import (
     BatchDone,
     BatchOrder,
@@ -47,7 +53,7 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         with contextlib.suppress(BrokenPipeError):
-            connection.send(PoolFailure(f"rollout pool: {type(error).__name__}: {error}"))
+            connection.send(PoolFailure(describe_failure(error)))
         raise SystemExit(1) from error
     finally:
         shutil.rmtree(sys.argv[2], ignore_errors=True)
