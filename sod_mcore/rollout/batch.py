@@ -14,11 +14,14 @@ import dataclasses
 import logging
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sod_mcore.rewards import RewardResult
 from sod_mcore.rollout.episode import Sampling
+from sod_mcore.rollout.lanes import Lanes, Track, open_track
+from sod_mcore.timeline import SpanRecorder, Spans
 from sod_mcore.trajectory import Prompt, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,7 @@ class RolloutResult:
         num_unscored: trajectories that the teacher was asked to score and could not.
         num_retries: attempts beyond the first.
         failures: one line for each kind of failure met, for the log.
+        spans: what was done when, for every attempt: also for those that failed or were dropped.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -74,6 +78,7 @@ class RolloutResult:
     num_unscored: int
     num_retries: int
     failures: tuple[str, ...]
+    spans: Spans = dataclasses.field(default_factory=Spans.of)
 
 
 class UnusableRowError(Exception):
@@ -81,9 +86,11 @@ class UnusableRowError(Exception):
 
 
 class EpisodeRunner(Protocol):
-    """Samples one trajectory of a prompt, without reward and scores."""
+    """Samples one trajectory of a prompt, without reward and scores; notes turns and tool calls."""
 
-    async def __call__(self, prompt: Prompt, request: RolloutRequest) -> Trajectory: ...
+    async def __call__(
+        self, prompt: Prompt, request: RolloutRequest, track: Track
+    ) -> Trajectory: ...
 
 
 @dataclass(frozen=True)
@@ -94,24 +101,29 @@ class BatchServices:
         run_episode: samples one conversation.
         reward: checks the answer of a finished conversation; raises ValueError where the data row
             is unusable.
-        score: returns the trajectory with the teacher's scores; raises ``scoring_error`` where the
-            teacher's answer is unusable.
+        score: returns the trajectory with the teacher's scores, and notes when the teacher was
+            asked; raises ``scoring_error`` where the teacher's answer is unusable.
         scoring_error: the exception type of an unusable score.
+        lanes: rows of the timeline, for all batches that these services work for.
     """
 
     run_episode: EpisodeRunner
     reward: Callable[[Prompt, Trajectory], Awaitable[RewardResult]]
-    score: Callable[[Prompt, Trajectory], Awaitable[Trajectory]]
+    score: Callable[[Prompt, Trajectory, Track], Awaitable[Trajectory]]
     scoring_error: type[Exception]
+    lanes: Lanes = dataclasses.field(default_factory=Lanes)
 
 
 @dataclass
 class _Counts:
+    """What a batch adds up while it runs."""
+
     finished: int = 0
     dropped: int = 0
     unscored: int = 0
     retries: int = 0
     failures: dict[str, None] = dataclasses.field(default_factory=dict)
+    recorder: SpanRecorder = dataclasses.field(default_factory=SpanRecorder)
 
 
 async def run_batch(
@@ -147,6 +159,7 @@ async def run_batch(
         num_unscored=counts.unscored,
         num_retries=counts.retries,
         failures=tuple(counts.failures),
+        spans=counts.recorder.take(),
     )
 
 
@@ -179,9 +192,7 @@ async def _sample_and_score(
     for attempt in range(attempts):
         counts.retries += attempt > 0
         try:
-            async with slots:
-                trajectory = await services.run_episode(prompt, request)
-            return await _finish(prompt, trajectory, request, services, attempts, counts)
+            return await _attempt(prompt, request, services, slots, attempts, counts)
         except UnusableRowError:
             raise
         except Exception as error:
@@ -191,6 +202,24 @@ async def _sample_and_score(
     return None
 
 
+async def _attempt(
+    prompt: Prompt,
+    request: RolloutRequest,
+    services: BatchServices,
+    slots: asyncio.Semaphore,
+    attempts: int,
+    counts: _Counts,
+) -> Trajectory:
+    """One try; its lane is held from its slot until it is scored, its slot only while it plays."""
+    with ExitStack() as until_scored:
+        async with slots:
+            track = until_scored.enter_context(
+                open_track(counts.recorder, services.lanes, prompt.prompt_id)
+            )
+            trajectory = await services.run_episode(prompt, request, track)
+        return await _finish(prompt, trajectory, request, services, attempts, counts, track)
+
+
 async def _finish(
     prompt: Prompt,
     trajectory: Trajectory,
@@ -198,11 +227,12 @@ async def _finish(
     services: BatchServices,
     attempts: int,
     counts: _Counts,
+    track: Track,
 ) -> Trajectory:
     """Reward and teacher scores at the same time, while other conversations still run."""
-    scoring = asyncio.create_task(_score(prompt, trajectory, request, services, counts))
+    scoring = asyncio.create_task(_score(prompt, trajectory, request, services, counts, track))
     try:
-        reward = await _reward(prompt, trajectory, services, attempts, counts)
+        reward = await _reward(prompt, trajectory, services, attempts, counts, track)
         scored = await scoring
     finally:
         await _cancel(scoring)
@@ -222,11 +252,14 @@ async def _reward(
     services: BatchServices,
     attempts: int,
     counts: _Counts,
+    track: Track,
 ) -> RewardResult:
     """The verifier's reward; what broke there is tried again before a whole rollout is."""
     for attempt in range(1, attempts + 1):
         try:
-            return await services.reward(prompt, trajectory)
+            # Beside: the teacher scores the same trajectory meanwhile.
+            with track.span_beside("reward"):
+                return await services.reward(prompt, trajectory)
         except ValueError as error:
             raise UnusableRowError(f"{prompt.prompt_id}: {error}") from error
         except Exception as error:
@@ -242,11 +275,12 @@ async def _score(
     request: RolloutRequest,
     services: BatchServices,
     counts: _Counts,
+    track: Track,
 ) -> Trajectory:
     if not request.with_teacher:
         return trajectory
     try:
-        return await services.score(prompt, trajectory)
+        return await services.score(prompt, trajectory, track)
     except services.scoring_error as error:
         counts.unscored += 1
         _note_failure(counts, error)

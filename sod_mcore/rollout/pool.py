@@ -29,6 +29,7 @@ from sod_mcore.config import (
     ToolsConfig,
 )
 from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
+from sod_mcore.timeline import Spans
 
 START_TIMEOUT_SECONDS = 180.0
 CLOSE_TIMEOUT_SECONDS = 10.0
@@ -89,12 +90,18 @@ class RolloutInterruptedError(Exception):
 class RolloutPool:
     """Handle on the pool process; used by global rank 0 only."""
 
-    def __init__(self, settings: PoolSettings) -> None:
+    def __init__(
+        self, settings: PoolSettings, on_spans: Callable[[Spans], None] = lambda spans: None
+    ) -> None:
         """Start the process and wait until it has reached the engines.
+
+        Args:
+            on_spans: hears what was done when, with each batch that is received.
 
         Raises:
             RolloutError: it did not start, with its own words for why.
         """
+        self._on_spans = on_spans
         self._log_path = settings.run_directory / "rollout_pool.log"
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._results: deque[RolloutResult] = deque()
@@ -222,6 +229,7 @@ class RolloutPool:
                 on_progress(message)
         elif isinstance(message, RolloutResult):
             self._results.append(message)
+            self._on_spans(message.spans)
         elif isinstance(message, GateReply):
             self._gate_replies.append(message)
         elif isinstance(message, PoolFailure):
