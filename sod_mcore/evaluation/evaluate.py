@@ -9,9 +9,9 @@ import numpy as np
 
 from sod_mcore.config import EvaluationConfig, RolloutConfig
 from sod_mcore.evaluation.statistics import Outcomes, average_at_n, pass_at
-from sod_mcore.rollout.batch import RolloutRequest
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.pool import RolloutPool, check_losses
+from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.trajectory import Prompt, Trajectory
 
 

@@ -20,6 +20,7 @@ from sod_mcore.loop.session import Session
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource, TrajectorySource
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
+from sod_mcore.report.step_timeline import StepTimeline
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
 from sod_mcore.student.backend import choose_backend
@@ -38,9 +39,12 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     is_rank_zero = os.environ.get("RANK", "0") == "0"
     is_live = config.run.replay is None
     endpoints = read_endpoints(config.serving_directory) if is_live and is_rank_zero else None
+    timeline = StepTimeline(directory, trace_every=config.report.trace_every)
     pool = None
     if endpoints is not None:
-        pool = stack.enter_context(RolloutPool(pool_settings(config, prompts.sources)))
+        pool = stack.enter_context(
+            RolloutPool(pool_settings(config, prompts.sources), timeline.add)
+        )
     timeout = timedelta(seconds=config.run.collective_timeout_seconds)
     sizes = check_layout(config.student, int(os.environ["WORLD_SIZE"]))
     stack.enter_context(distributed(sizes, seed=config.run.seed, timeout=timeout))
@@ -48,7 +52,7 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     ending.completed_steps = first_step
     reporter = None
     if is_rank_zero:
-        reporter = stack.enter_context(Reporter.open(config, first_step))
+        reporter = stack.enter_context(Reporter.open(config, first_step, timeline))
         reporter.say(choose_backend(config.student).describe())
     stop = StopRequest(
         Path(config.run.stop_file or directory / "stop"),

@@ -90,8 +90,7 @@ class Session:
         if self.first_step in (0, self.config.run.steps):
             self.evaluate(self.first_step)
             self._leave_if_stopped()
-            if self._reporter is not None:
-                self._reporter.end_line(self.first_step)
+            self._end_line(self.first_step)
 
     def collect_trajectories(self, step: int) -> RecordedBatch:
         """The scored trajectories of a step, from the pool or from a recorded batch.
@@ -215,8 +214,7 @@ class Session:
             self.save_checkpoint()
         if is_last or (not should_stop and _is_multiple(completed_steps, config.evaluation.every)):
             self.evaluate(completed_steps)
-        if self._reporter is not None:
-            self._reporter.end_line(completed_steps)
+        self._end_line(completed_steps)
         self._leave_if_stopped()
 
     def finish(self) -> None:
@@ -262,6 +260,13 @@ class Session:
         """``items``, with a progress bar on rank 0; time is booked under ``label``."""
         with self._timed(label):
             yield from self._reporter.progress(items, label) if self._reporter else items
+
+    def _end_line(self, completed_steps: int) -> None:
+        """Write the metrics, with what the pool has done until now (rank 0)."""
+        if self._reporter is not None:
+            if self._pool is not None:
+                self._pool.hear()
+            self._reporter.end_line(completed_steps)
 
     def _note(self, metrics: dict[str, float]) -> None:
         if self._reporter is not None:

@@ -13,9 +13,9 @@ from typing import Protocol
 from sod_mcore.config import ConfigError, SodConfig
 from sod_mcore.data.prompts import PromptSource
 from sod_mcore.loop.stop import StopRequest
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.pool import RolloutError, RolloutPool, Ticket, check_losses
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest
 from sod_mcore.trajectory import RecordedBatch, recorded_batch_path
 
 ProgressCallback = Callable[[RolloutProgress], None]

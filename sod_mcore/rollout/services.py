@@ -5,17 +5,20 @@ from __future__ import annotations
 import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import RolloutConfig, ToolsConfig
-from sod_mcore.rollout.batch import BatchServices, RolloutRequest
 from sod_mcore.rollout.episode import Episode, EpisodeLimits, tool_schemas
 from sod_mcore.rollout.gate import RequestGate
+from sod_mcore.rollout.group import BatchServices
 from sod_mcore.rollout.judge import open_judge
+from sod_mcore.rollout.lanes import Track
 from sod_mcore.rollout.pool import PoolSettings
+from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.rollout.teacher import TeacherScorer
 from sod_mcore.serving.client import EngineClient, Generation, SamplingSettings
 from sod_mcore.serving.fleet import read_endpoints
@@ -69,23 +72,30 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
     gate = RequestGate()
     limits = _episode_limits(settings.rollout)
 
-    async def generate(input_ids: NDArray[np.int32], sampling: SamplingSettings) -> Generation:
+    async def generate(
+        track: Track, input_ids: NDArray[np.int32], sampling: SamplingSettings
+    ) -> Generation:
+        rid, in_flight = uuid.uuid4().hex, track.span("generate")
         async with gate.request():
-            return await client.generate("student", input_ids, sampling, rid=uuid.uuid4().hex)
+            return await client.generate(
+                "student", input_ids, sampling, rid=rid, in_flight=in_flight
+            )
 
-    async def run_episode(prompt: Prompt, request: RolloutRequest) -> Trajectory:
+    async def run_episode(prompt: Prompt, request: RolloutRequest, track: Track) -> Trajectory:
         episode = Episode(
-            prompt, renderer, tools, limits=limits, tools_enabled=request.tools_enabled
+            prompt, renderer, tools, limits=limits, track=track, tools_enabled=request.tools_enabled
         )
-        return await episode.run(generate, request.sampling)
+        return await episode.run(partial(generate, track), request.sampling)
 
     scorer = TeacherScorer(
         settings.teacher, client, renderer, tool_schemas(tools.values()), settings.teacher_top_k
     )
 
-    async def score_with_teacher(prompt: Prompt, trajectory: Trajectory) -> Trajectory:
+    async def score_with_teacher(
+        prompt: Prompt, trajectory: Trajectory, track: Track
+    ) -> Trajectory:
         async with gate.request():
-            return await scorer(prompt, trajectory)
+            return await scorer(prompt, trajectory, in_flight=track.span("scoring"))
 
     return RolloutServices(
         BatchServices(run_episode, judge, score_with_teacher, ScoringError), gate

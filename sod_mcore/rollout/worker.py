@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sod_mcore.rollout.batch import RolloutProgress, run_batch
+from sod_mcore.rollout.batch import run_batch
 from sod_mcore.rollout.pool import (
     CLOSE_TIMEOUT_SECONDS,
     BatchDone,
@@ -32,8 +32,10 @@ from sod_mcore.rollout.pool import (
     PoolSettings,
     Ticket,
 )
+from sod_mcore.rollout.request import RolloutProgress
 from sod_mcore.rollout.services import RolloutServices, open_services
 from sod_mcore.rollout.slots import Slots
+from sod_mcore.timeline import SpanRecorder
 
 _PROGRESS_SECONDS = 0.25
 URGENT = -1
@@ -126,18 +128,22 @@ class _Batches:
         await asyncio.gather(*self.running, return_exceptions=True)
 
     async def _run(self, order: BatchOrder) -> None:
+        recorder = SpanRecorder()
         result = await run_batch(
             order.request,
             self._services.batch_services,
             slots=self._slots,
             priority=URGENT if order.request.is_urgent else order.ticket,
             attempts=self._settings.rollout.attempts,
-            on_progress=_throttled_sender(self._connection, order.ticket),
+            on_progress=_throttled_sender(self._connection, order.ticket, recorder),
+            recorder=recorder,
         )
         self._connection.send(BatchDone(order.ticket, result))
 
 
-def _throttled_sender(connection: Connection, ticket: Ticket) -> Callable[[RolloutProgress], None]:
+def _throttled_sender(
+    connection: Connection, ticket: Ticket, recorder: SpanRecorder
+) -> Callable[[RolloutProgress], None]:
     loop = asyncio.get_running_loop()
     next_time = loop.time()
 
@@ -146,7 +152,7 @@ def _throttled_sender(connection: Connection, ticket: Ticket) -> Callable[[Rollo
         is_done = progress.finished + progress.dropped == progress.total
         if is_done or loop.time() >= next_time:
             next_time = loop.time() + _PROGRESS_SECONDS
-            connection.send(BatchProgress(ticket, progress))
+            connection.send(BatchProgress(ticket, progress, recorder.take()))
 
     return send
 

@@ -157,7 +157,13 @@ class EngineClient:
             self._open_session = None
 
     async def generate(
-        self, model: str, input_ids: TokenIds, sampling: SamplingSettings, *, rid: str
+        self,
+        model: str,
+        input_ids: TokenIds,
+        sampling: SamplingSettings,
+        *,
+        rid: str,
+        in_flight: contextlib.AbstractContextManager[None] | None = None,
     ) -> Generation:
         """Sample tokens after ``input_ids``.
 
@@ -166,6 +172,7 @@ class EngineClient:
             input_ids: ``[T]`` token ids.
             sampling: how to sample.
             rid: name of the request, unique among those that run; a second try gets a suffix.
+            in_flight: as for :meth:`post_generate`.
 
         Raises:
             EngineError: refused, or failed in every try, or past the deadline.
@@ -176,7 +183,8 @@ class EngineClient:
             "sampling_params": sampling.as_request(),
             "return_logprob": True,
         }
-        return _read_generation(await self.post_generate(model, request, rid=rid))
+        answer = await self.post_generate(model, request, rid=rid, in_flight=in_flight)
+        return _read_generation(answer)
 
     async def post_generate(
         self,
@@ -185,43 +193,50 @@ class EngineClient:
         *,
         rid: str | None = None,
         base_url: str | None = None,
+        in_flight: contextlib.AbstractContextManager[None] | None = None,
     ) -> dict[str, Any]:
         """Send one request to ``/generate`` and return the decoded answer.
 
         It goes to the model's route, or to ``base_url`` for what only an engine understands. When
-        the caller is cancelled or the deadline passes, the engines are told to abort.
+        the caller is cancelled or the deadline passes, the engines are told to abort. ``in_flight``
+        is held from the first try to the answer, without the wait for a free connection.
 
         Raises:
             EngineError: refused, or failed in every try, or past the deadline.
         """
         endpoints = self.endpoints.model(model)
-        rid = rid or uuid.uuid4().hex
         url = f"{base_url or endpoints.route}/generate"
         async with self._slots[model]:
-            current = rid
-            try:
-                async with asyncio.timeout(self._request_timeout_seconds):
-                    for attempt in range(1, self._attempts + 1):
-                        current = rid if attempt == 1 else f"{rid}.{attempt}"
-                        body = orjson.dumps({"model": model, "rid": current, **request})
-                        try:
-                            return await self._post(url, body)
-                        except EngineError as error:
-                            if not error.retryable:
-                                raise
-                            if attempt == self._attempts:
-                                message = f"{model}: gave up after {attempt} tries: {error}"
-                                raise EngineError(message, retryable=True) from error
-                        await asyncio.sleep(self._backoff_seconds(attempt))
-                    raise AssertionError("unreachable: the last try returns or raises")
-            except TimeoutError as error:
-                await self._abort(endpoints, current)
-                message = f"{model}: no answer within {self._request_timeout_seconds:g} s"
-                raise EngineError(message, retryable=True) from error
-            except asyncio.CancelledError:
-                # Shielded: the cancelled task may be cancelled again while it cleans up.
-                await asyncio.shield(self._abort(endpoints, current))
-                raise
+            with in_flight or contextlib.nullcontext():
+                return await self._generate(endpoints, url, model, rid or uuid.uuid4().hex, request)
+
+    async def _generate(
+        self, endpoints: ModelEndpoints, url: str, model: str, rid: str, request: dict[str, Any]
+    ) -> dict[str, Any]:
+        current = rid
+        try:
+            async with asyncio.timeout(self._request_timeout_seconds):
+                for attempt in range(1, self._attempts + 1):
+                    current = rid if attempt == 1 else f"{rid}.{attempt}"
+                    body = orjson.dumps({"model": model, "rid": current, **request})
+                    try:
+                        return await self._post(url, body)
+                    except EngineError as error:
+                        if not error.retryable:
+                            raise
+                        if attempt == self._attempts:
+                            message = f"{model}: gave up after {attempt} tries: {error}"
+                            raise EngineError(message, retryable=True) from error
+                    await asyncio.sleep(self._backoff_seconds(attempt))
+                raise AssertionError("unreachable: the last try returns or raises")
+        except TimeoutError as error:
+            await self._abort(endpoints, current)
+            message = f"{model}: no answer within {self._request_timeout_seconds:g} s"
+            raise EngineError(message, retryable=True) from error
+        except asyncio.CancelledError:
+            # Shielded: the cancelled task may be cancelled again while it cleans up.
+            await asyncio.shield(self._abort(endpoints, current))
+            raise
 
     async def get(self, url: str) -> dict[str, Any]:
         """GET a JSON document (one try).

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import zlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,12 @@ class Scores:
 
 
 async def score(
-    client: EngineClient, model: str, token_ids: TokenIds, prompt_length: int, top_k: int = 0
+    client: EngineClient,
+    model: str,
+    token_ids: TokenIds,
+    prompt_length: int,
+    top_k: int = 0,
+    in_flight: AbstractContextManager[None] | None = None,
 ) -> Scores:
     """Score ``token_ids[prompt_length:]``, each given all tokens before it.
 
@@ -54,6 +60,7 @@ async def score(
         token_ids: ``[T]`` ids, prompt included.
         prompt_length: leading tokens that need no score, from 1 to T.
         top_k: likeliest tokens returned for each position; 0 for none.
+        in_flight: held while the engine is asked, as by :meth:`EngineClient.post_generate`.
 
     Raises:
         ScoringError: the answer is about other tokens, or a value is not finite.
@@ -82,7 +89,8 @@ async def score(
             "return_flat_raw_top_logprobs_b64": True,
         }
     base_url = _engine_for(endpoints, ids[:prompt_length]) if top_k else None
-    meta = (await client.post_generate(model, request, base_url=base_url))["meta_info"]
+    answer = await client.post_generate(model, request, base_url=base_url, in_flight=in_flight)
+    meta = answer["meta_info"]
     try:
         logprobs = _read_logprobs(meta, ids[prompt_length - 1 :], endpoints.vocab_size)
         candidates = _read_candidates(meta, len(logprobs), top_k) if top_k else None

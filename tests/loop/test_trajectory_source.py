@@ -15,8 +15,8 @@ from sod_mcore.config import SodConfig
 from sod_mcore.data.prompts import PromptSource
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.pool import RolloutError, RolloutPool, Ticket
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.trajectory import Prompt, Trajectory
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,12 @@ class FakeClient:
         self.requests: list[dict[str, Any]] = []
 
     async def post_generate(
-        self, model: str, request: dict[str, Any], *, base_url: str | None = None
+        self,
+        model: str,
+        request: dict[str, Any],
+        *,
+        base_url: str | None = None,
+        in_flight: AbstractContextManager[None] | None = None,
     ) -> dict[str, Any]:
         self.requests.append(request)
         ids = request["input_ids"][request["logprob_start_len"] :]

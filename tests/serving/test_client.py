@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from sod_mcore.serving.client import (
 )
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
 from sod_mcore.serving.scoring import Scores, ScoringError, score
+from sod_mcore.timeline import SpanRecorder
 
 SAMPLING = SamplingSettings(max_new_tokens=3)
 VOCAB_SIZE = 100
@@ -216,6 +219,47 @@ def test_open_requests_are_bounded() -> None:
     assert len(engine.requests) == 12
 
 
+def test_a_request_that_waits_for_a_connection_is_not_in_flight() -> None:
+    served: list[tuple[float, float]] = []
+
+    async def slow(body: dict[str, Any]) -> web.Response:
+        start = time.monotonic()
+        await asyncio.sleep(0.1)
+        served.append((start, time.monotonic()))
+        return web.json_response(generated([7]))
+
+    recorder = SpanRecorder()
+
+    async def run() -> None:
+        async with connect(ScriptedEngine(slow), max_connections=1) as client:
+            requests = [
+                client.generate("student", [1], SAMPLING, rid=rid, in_flight=recorder.span(rid))
+                for rid in ("a", "b", "c")
+            ]
+            await asyncio.gather(*requests)
+
+    asyncio.run(run())
+    spans = sorted(recorder.take(), key=lambda span: span.start)
+    for span, (start, end) in zip(spans, served, strict=True):
+        assert span.start <= start < end <= span.end
+    for earlier, later in itertools.pairwise(spans):
+        assert earlier.end <= later.start
+
+
+def test_all_tries_of_a_request_are_one_flight_also_of_one_that_fails() -> None:
+    recorder = SpanRecorder()
+
+    async def run(engine: ScriptedEngine) -> None:
+        async with connect(engine, attempts=3) as client:
+            in_flight = recorder.span("generate")
+            await client.generate("student", [1], SAMPLING, rid="r", in_flight=in_flight)
+
+    asyncio.run(run(ScriptedEngine(answers(503, 200))))
+    with pytest.raises(EngineError, match="gave up"):
+        asyncio.run(run(ScriptedEngine(answers(503))))
+    assert len(recorder.take()) == 2
+
+
 @pytest.mark.parametrize("ids", [[], [VOCAB_SIZE], [-1], [[1, 2]], [1.5]])
 def test_ids_that_would_kill_an_engine_are_never_sent(ids: list[Any]) -> None:
     engine = ScriptedEngine(answers(200))
@@ -319,6 +363,7 @@ def test_candidates_come_from_the_engine_of_the_prompt() -> None:
             *,
             rid: str | None = None,
             base_url: str | None = None,
+            in_flight: AbstractContextManager[None] | None = None,
         ) -> dict[str, Any]:
             hosts.append(str(base_url))
             raise EngineError("enough", retryable=False)
