@@ -84,9 +84,16 @@ class ServingConfig:
     start_timeout_seconds: Seconds = 600.0
     """Longest wait until every engine answers."""
     request_timeout_seconds: Seconds = 300.0
-    """Longest wait for one answer of an engine."""
+    """Longest time that the engines get for one request."""
+    restart_timeout_seconds: Seconds = 300.0
+    """Longest wait for an engine of a model that has none left. A request that waits does not use
+    up its request_timeout_seconds."""
+    hedge_after_seconds: Seconds | None = None
+    """Wait after which a scoring request goes to a second engine as well, and the first answer
+    counts; null leaves it with the first. Sampling is never hedged: the answer that comes first is
+    more often a short one."""
     max_connections: Positive = 256
-    """Open requests to one router."""
+    """Open requests to one model."""
     weight_sync: Literal["disk", "tensor"] = "disk"
     """How new weights reach the student's engines: as a folder in run.directory that every engine
     reads, or by value over HTTP, without a disk."""

@@ -17,8 +17,10 @@ from sod_mcore.rollout.gate import RequestGate
 from sod_mcore.rollout.judge import open_judge
 from sod_mcore.rollout.pool import PoolSettings
 from sod_mcore.rollout.teacher import TeacherScorer
-from sod_mcore.serving.client import EngineClient, Generation, SamplingSettings
+from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import read_endpoints
+from sod_mcore.serving.messages import Generation, SamplingSettings
+from sod_mcore.serving.replicas import Affinity
 from sod_mcore.serving.scoring import ScoringError
 from sod_mcore.tools import (
     MemoryGroup,
@@ -46,11 +48,15 @@ class RolloutServices:
 async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> RolloutServices:
     """Connect to the engines and start the sandbox; ``stack`` closes both."""
     endpoints = read_endpoints(settings.serving_directory)
+    gate = RequestGate()
     client = await stack.enter_async_context(
         EngineClient(
             endpoints,
             request_timeout_seconds=settings.serving.request_timeout_seconds,
+            restart_timeout_seconds=settings.serving.restart_timeout_seconds,
+            hedge_after_seconds=settings.serving.hedge_after_seconds,
             max_connections=settings.serving.max_connections,
+            admission=gate.request,
         )
     )
     renderer = ChatRenderer.from_folder(
@@ -66,30 +72,28 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
         stack,
         memory_group,
     )
-    gate = RequestGate()
     limits = _episode_limits(settings.rollout)
 
-    async def generate(input_ids: NDArray[np.int32], sampling: SamplingSettings) -> Generation:
-        async with gate.request():
-            return await client.generate("student", input_ids, sampling, rid=uuid.uuid4().hex)
-
     async def run_episode(prompt: Prompt, request: RolloutRequest) -> Trajectory:
+        affinity = Affinity(key=uuid.uuid4().hex, group=prompt.prompt_id)
+
+        async def generate(input_ids: NDArray[np.int32], sampling: SamplingSettings) -> Generation:
+            rid = uuid.uuid4().hex
+            return await client.generate("student", input_ids, sampling, rid=rid, affinity=affinity)
+
         episode = Episode(
             prompt, renderer, tools, limits=limits, tools_enabled=request.tools_enabled
         )
-        return await episode.run(generate, request.sampling)
+        try:
+            return await episode.run(generate, request.sampling)
+        finally:
+            client.forget("student", affinity.key)
 
     scorer = TeacherScorer(
         settings.teacher, client, renderer, tool_schemas(tools.values()), settings.teacher_top_k
     )
 
-    async def score_with_teacher(prompt: Prompt, trajectory: Trajectory) -> Trajectory:
-        async with gate.request():
-            return await scorer(prompt, trajectory)
-
-    return RolloutServices(
-        BatchServices(run_episode, judge, score_with_teacher, ScoringError), gate
-    )
+    return RolloutServices(BatchServices(run_episode, judge, scorer, ScoringError), gate)
 
 
 async def _open_tools(

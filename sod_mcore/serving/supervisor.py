@@ -17,7 +17,6 @@ import aiohttp
 from sod_mcore.config import ConfigError, EngineConfig, ServingConfig, serving_field
 from sod_mcore.serving import launch, probe
 from sod_mcore.serving.children import Child, Children, wait_for_exit
-from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.fleet import (
     Endpoints,
     FleetError,
@@ -28,6 +27,7 @@ from sod_mcore.serving.fleet import (
     write_endpoints,
 )
 from sod_mcore.serving.front_door import FrontDoor
+from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.model_folder import ModelFolder, read_model_folder
 from sod_mcore.serving.scoring import ScoringError
 
