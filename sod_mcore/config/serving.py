@@ -83,6 +83,15 @@ class ServingConfig:
     same folder share the engines, one after the other."""
     start_timeout_seconds: Seconds = 600.0
     """Longest wait until every engine answers."""
+    max_restarts: NonNegative = 3
+    """Times that an engine or router which dies is started again within restart_window_seconds; one
+    that dies more often ends the run. 0 lets the first death end it."""
+    restart_window_seconds: Seconds = 3600.0
+    """Length of the sliding window in which max_restarts counts."""
+    health_timeout_seconds: Seconds = 120.0
+    """Silence after which an engine that lives is killed and counts as dead. Long, because an
+    engine answers between two batches only, and not while it loads new weights: on a CPU or from a
+    slow disk either may take a minute."""
     request_timeout_seconds: Seconds = 300.0
     """Longest time that the engines get for one request."""
     restart_timeout_seconds: Seconds = 300.0
