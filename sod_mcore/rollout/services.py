@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +19,10 @@ from sod_mcore.rollout.lanes import Track
 from sod_mcore.rollout.pool import PoolSettings
 from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.rollout.teacher import TeacherScorer
-from sod_mcore.serving.client import EngineClient, Generation, SamplingSettings
+from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import read_endpoints
+from sod_mcore.serving.messages import Generation, SamplingSettings
+from sod_mcore.serving.replicas import Affinity
 from sod_mcore.serving.scoring import ScoringError
 from sod_mcore.tools import (
     MemoryGroup,
@@ -49,11 +50,15 @@ class RolloutServices:
 async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> RolloutServices:
     """Connect to the engines and start the sandbox; ``stack`` closes both."""
     endpoints = read_endpoints(settings.serving_directory)
+    gate = RequestGate()
     client = await stack.enter_async_context(
         EngineClient(
             endpoints,
             request_timeout_seconds=settings.serving.request_timeout_seconds,
+            restart_timeout_seconds=settings.serving.restart_timeout_seconds,
+            hedge_after_seconds=settings.serving.hedge_after_seconds,
             max_connections=settings.serving.max_connections,
+            admission=gate.request,
         )
     )
     renderer = ChatRenderer.from_folder(
@@ -69,23 +74,28 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
         stack,
         memory_group,
     )
-    gate = RequestGate()
     limits = _episode_limits(settings.rollout)
 
-    async def generate(
-        track: Track, input_ids: NDArray[np.int32], sampling: SamplingSettings
-    ) -> Generation:
-        rid, in_flight = uuid.uuid4().hex, track.span("generate")
-        async with gate.request():
+    async def run_episode(prompt: Prompt, request: RolloutRequest, track: Track) -> Trajectory:
+        affinity = Affinity(key=uuid.uuid4().hex, group=prompt.prompt_id)
+
+        async def generate(input_ids: NDArray[np.int32], sampling: SamplingSettings) -> Generation:
             return await client.generate(
-                "student", input_ids, sampling, rid=rid, in_flight=in_flight
+                "student",
+                input_ids,
+                sampling,
+                rid=uuid.uuid4().hex,
+                affinity=affinity,
+                in_flight=track.span("generate"),
             )
 
-    async def run_episode(prompt: Prompt, request: RolloutRequest, track: Track) -> Trajectory:
         episode = Episode(
             prompt, renderer, tools, limits=limits, track=track, tools_enabled=request.tools_enabled
         )
-        return await episode.run(partial(generate, track), request.sampling)
+        try:
+            return await episode.run(generate, request.sampling)
+        finally:
+            client.forget("student", affinity.key)
 
     scorer = TeacherScorer(
         settings.teacher, client, renderer, tool_schemas(tools.values()), settings.teacher_top_k
@@ -94,8 +104,7 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
     async def score_with_teacher(
         prompt: Prompt, trajectory: Trajectory, track: Track
     ) -> Trajectory:
-        async with gate.request():
-            return await scorer(prompt, trajectory, in_flight=track.span("scoring"))
+        return await scorer(prompt, trajectory, in_flight=track.span("scoring"))
 
     return RolloutServices(
         BatchServices(run_episode, judge, score_with_teacher, ScoringError), gate

@@ -20,6 +20,7 @@ from sod_mcore.rollout.teacher import (
 )
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+from sod_mcore.serving.replicas import Affinity
 from sod_mcore.serving.scoring import Scores
 from sod_mcore.tools import code_interpreter_schema
 from sod_mcore.trajectory import Prompt, Trajectory
@@ -112,7 +113,7 @@ class FakeClient:
         model: str,
         request: dict[str, Any],
         *,
-        base_url: str | None = None,
+        affinity: Affinity,
         in_flight: AbstractContextManager[None] | None = None,
     ) -> dict[str, Any]:
         self.requests.append(request)
