@@ -14,6 +14,7 @@ from pathlib import Path
 from sod_mcore.config import SodConfig
 from sod_mcore.data.prompts import PromptSource
 from sod_mcore.loop.ending import Ending
+from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.reporting import Reporter
 from sod_mcore.loop.run_prompts import RunPrompts
 from sod_mcore.loop.session import Session
@@ -54,6 +55,7 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     if is_rank_zero:
         reporter = stack.enter_context(Reporter.open(config, first_step, timeline))
         reporter.say(choose_backend(config.student).describe())
+    watch = _open_watch(config) if endpoints is not None else None
     stop = StopRequest(
         Path(config.run.stop_file or directory / "stop"),
         config.run.stop_grace_seconds,
@@ -64,9 +66,10 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
         config,
         student,
         first_step,
-        _open_source(config, prompts, pool, reporter, stop) if is_rank_zero else None,
+        _open_source(config, prompts, pool, watch, reporter, stop) if is_rank_zero else None,
         pool,
-        _open_weight_sync(config, student, endpoints) if is_live else None,
+        watch,
+        _open_weight_sync(config, student, endpoints, watch) if is_live else None,
         prompts.evaluation,
         reporter,
         stop,
@@ -113,6 +116,7 @@ def _open_source(
     config: SodConfig,
     prompts: RunPrompts,
     pool: RolloutPool | None,
+    watch: EngineWatch | None,
     reporter: Reporter | None,
     stop: StopRequest,
 ) -> TrajectorySource:
@@ -121,16 +125,26 @@ def _open_source(
     assert pool is not None
     source = PromptSource(prompts.train, config.run.seed)
     on_progress = reporter.rollout_progress if reporter is not None else None
-    return LiveSource(pool, source, config, stop, on_progress)
+    assert watch is not None
+    return LiveSource(pool, source, config, stop, watch, on_progress)
+
+
+def _open_watch(config: SodConfig) -> EngineWatch:
+    assert config.serving is not None
+    return EngineWatch(config.serving_directory, config.serving.restart_timeout_seconds)
 
 
 def _open_weight_sync(
-    config: SodConfig, student: Student, endpoints: Endpoints | None
+    config: SodConfig,
+    student: Student,
+    endpoints: Endpoints | None,
+    watch: EngineWatch | None,
 ) -> WeightSync:
     assert config.serving is not None
     return WeightSync(
         student=student,
         endpoints=endpoints,
+        watch=watch,
         serving=config.serving,
         tolerance=config.probe_tolerance,
         directory=Path(config.run.directory) / "weights",

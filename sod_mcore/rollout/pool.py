@@ -85,6 +85,13 @@ class BatchOrder:
 
 
 @dataclass(frozen=True)
+class BatchCancel:
+    """A batch that nobody waits for any more."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True)
 class BatchProgress:
     """How far a batch is, and what was done when since the last message of this kind."""
 
@@ -142,6 +149,7 @@ class RolloutPool:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._tickets = itertools.count()
         self._results: dict[Ticket, RolloutResult] = {}
+        self._cancelled: set[Ticket] = set()
         self._gate_replies: deque[GateReply] = deque()
         # Whichever of the two processes is killed, the other one removes it.
         self._temporary = tempfile.TemporaryDirectory(
@@ -200,6 +208,12 @@ class RolloutPool:
             raise RolloutInterruptedError
         return self._results.pop(ticket)
 
+    def cancel(self, ticket: Ticket) -> None:
+        """Give up a batch that was not collected: its conversations are ended."""
+        self._results.pop(ticket, None)
+        self._cancelled.add(ticket)
+        self._send(BatchCancel(ticket))
+
     def hear(self) -> None:
         """Take in what the pool has told meanwhile, and do not wait for more.
 
@@ -247,7 +261,7 @@ class RolloutPool:
         self._wait_until(lambda: bool(self._gate_replies), timeout_seconds, action)
         self._gate_replies.popleft()
 
-    def _send(self, message: BatchOrder | GateRequest) -> None:
+    def _send(self, message: BatchOrder | BatchCancel | GateRequest) -> None:
         try:
             self._connection.send(message)
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -290,7 +304,8 @@ class RolloutPool:
             on_progress(message)
         elif isinstance(message, BatchDone):
             self._on_spans(message.result.spans)
-            self._results[message.ticket] = message.result
+            if message.ticket not in self._cancelled:
+                self._results[message.ticket] = message.result
         elif isinstance(message, GateReply):
             self._gate_replies.append(message)
         elif isinstance(message, PoolFailure):

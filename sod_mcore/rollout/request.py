@@ -23,6 +23,7 @@ class RolloutRequest:
         spare_prompts: prompts more than are needed. When all others are done, those that are not
             are given up, whichever they are: this leaves out the prompts whose slowest sample is
             slowest, so the batch leans towards short answers.
+        weight_version: the oldest weights of the student that may sample it; None takes any.
         is_urgent: whether its conversations go before those of batches submitted earlier.
     """
 
@@ -32,6 +33,7 @@ class RolloutRequest:
     with_teacher: bool = True
     tools_enabled: bool = True
     spare_prompts: int = 0
+    weight_version: int | None = None
     is_urgent: bool = False
 
     @property

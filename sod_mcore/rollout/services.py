@@ -37,10 +37,21 @@ from sod_mcore.trajectory import Prompt, Trajectory
 
 @dataclass(frozen=True)
 class RolloutServices:
-    """What the pool process works with."""
+    """What the pool process works with.
+
+    Attributes:
+        models_with_weights: models that the trainer sends weights to.
+    """
 
     batch_services: BatchServices
     gate: RequestGate
+    client: EngineClient
+    models_with_weights: tuple[str, ...]
+
+    def require_weights(self, version: int) -> None:
+        """Use the engines that get the trainer's weights only once they have this version."""
+        for model in self.models_with_weights:
+            self.client.require_version(model, version)
 
     async def set_gate(self, is_open: bool) -> None:
         """Let requests through to the engines, or hold them back."""
@@ -106,8 +117,12 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
     ) -> Trajectory:
         return await scorer(prompt, trajectory, in_flight=track.span("scoring"))
 
+    averaged = ("teacher",) if settings.teacher.weights == "average" else ()
     return RolloutServices(
-        BatchServices(run_episode, judge, score_with_teacher, ScoringError), gate
+        BatchServices(run_episode, judge, score_with_teacher, ScoringError),
+        gate,
+        client,
+        models_with_weights=("student", *averaged),
     )
 
 

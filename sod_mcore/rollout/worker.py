@@ -22,6 +22,7 @@ from typing import Any
 from sod_mcore.rollout.batch import run_batch
 from sod_mcore.rollout.pool import (
     CLOSE_TIMEOUT_SECONDS,
+    BatchCancel,
     BatchDone,
     BatchOrder,
     BatchProgress,
@@ -89,6 +90,8 @@ async def _dispatch(
         if isinstance(message, GateRequest):
             await services.set_gate(message.is_open)
             connection.send(GateReply(message.is_open))
+        elif isinstance(message, BatchCancel):
+            batches.cancel(message.ticket)
         else:
             batches.begin(message)
         next_message = asyncio.create_task(messages.get())
@@ -108,7 +111,15 @@ class _Batches:
 
     def begin(self, order: BatchOrder) -> None:
         """Work on a batch beside the others."""
-        self.running.add(asyncio.create_task(self._run(order)))
+        if order.request.weight_version is not None:
+            self._services.require_weights(order.request.weight_version)
+        self.running.add(asyncio.create_task(self._run(order), name=str(order.ticket)))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Give up a batch, if it still runs."""
+        for task in self.running:
+            if task.get_name() == str(ticket):
+                task.cancel()
 
     def forget_finished(self) -> None:
         """Let go of finished batches.
@@ -119,7 +130,8 @@ class _Batches:
         finished = {task for task in self.running if task.done()}
         self.running -= finished
         for task in finished:
-            task.result()
+            if not task.cancelled():
+                task.result()
 
     async def end(self) -> None:
         """Give up what still runs."""
