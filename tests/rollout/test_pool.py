@@ -1,4 +1,4 @@
-"""The real pool process against a scripted engine: several batches, nobody who listens, versions."""
+"""The real pool process against a scripted engine: several batches, a busy trainer, versions."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_an_engine_samples_nothing_before_it_has_the_weights(tmp_path: Path) -> 
     ):
         assert pool.collect(pool.submit(asked(2, weight_version=3)), 60.0).trajectories
         ticket, served = pool.submit(asked(2, weight_version=4)), len(engine.served)
+        asking = time.monotonic() + 2.0
         with pytest.raises(RolloutInterruptedError):
-            asking = time.monotonic() + 2.0
             pool.collect(ticket, 60.0, should_stop=lambda: time.monotonic() > asking)
         assert len(engine.served) == served, "it still has the weights of before"
         engine.version = 4
