@@ -85,10 +85,8 @@ def measure(folder: Path, steps: int, repetitions: int) -> None:
     for run in runs:
         cells = [f"{run.median(name):{form}}" for name, _, form in METRICS]
         print(f"| {run.staleness} | " + " | ".join(cells) + " |")
-    ratios = [
-        rate(ahead) / rate(synchronous)
-        for synchronous, ahead in zip(*by_staleness(runs), strict=True)
-    ]
+    pairs = zip(*by_staleness(runs), strict=True)
+    ratios = [rate(ahead) / rate(synchronous) for synchronous, ahead in pairs]
     print("\nrate with 1, of that with 0: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
 
 
