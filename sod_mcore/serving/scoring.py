@@ -94,13 +94,30 @@ async def score(
         }
     affinity = _prompt_affinity(ids[:prompt_length])
     answer = await client.post_generate(model, request, affinity=affinity, in_flight=in_flight)
-    meta = answer["meta_info"]
     try:
-        logprobs = _read_logprobs(meta, ids[prompt_length - 1 :], endpoints.vocab_size)
-        candidates = _read_candidates(meta, len(logprobs), top_k) if top_k else None
+        scored = read_answer(
+            answer["meta_info"], ids[prompt_length - 1 :], endpoints.vocab_size, top_k
+        )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ScoringError(f"{model}: the answer cannot be read: {error!r}") from error
-    return _place(ids, prompt_length, logprobs, candidates)
+    return _place(ids, prompt_length, *scored)
+
+
+def read_answer(
+    meta: dict[str, Any], expected_ids: NDArray[np.int32], vocab_size: int, top_k: int
+) -> tuple[NDArray[np.float32], Candidates | None]:
+    """Log-probs ``[N]`` of ``expected_ids[1:]``, and the candidates at their positions.
+
+    Args:
+        meta: the engine's ``meta_info``.
+        expected_ids: ``[N + 1]``, the token before the first scored one, and the scored ones.
+
+    Raises:
+        ScoringError: the answer is about other tokens, or a value is not finite.
+        KeyError, IndexError, TypeError, ValueError: it has another form.
+    """
+    logprobs = _read_logprobs(meta, expected_ids, vocab_size)
+    return logprobs, _read_candidates(meta, len(logprobs), top_k) if top_k else None
 
 
 Candidates = tuple[NDArray[np.int32], NDArray[np.float32]]
