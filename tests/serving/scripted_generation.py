@@ -12,7 +12,8 @@ from aiohttp.test_utils import TestServer
 
 from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
-from sod_mcore.serving.messages import SamplingSettings
+from sod_mcore.serving.messages import Generation, SamplingSettings
+from sod_mcore.serving.replicas import Affinity
 
 SAMPLING = SamplingSettings(max_new_tokens=3)
 VOCAB_SIZE = 100
@@ -119,6 +120,29 @@ def answers(*statuses: int) -> Handler:
         return web.json_response(generated([7, 8, 9]), status=status)
 
     return handler
+
+
+async def ask(client: EngineClient, rid: str = "r", key: str | None = None) -> Generation:
+    affinity = None if key is None else Affinity(key)
+    return await client.generate("student", [1, 2], SAMPLING, rid=rid, affinity=affinity)
+
+
+def serving(version: int) -> Handler:
+    """Samples with weights of one version."""
+
+    async def handler(body: dict[str, Any]) -> web.Response:
+        meta = {"weight_version": str(version), "weight_versions": None}
+        return web.json_response(generated([7], **meta))
+
+    return handler
+
+
+def run_bounded(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(PATIENCE):
+            await test()
+
+    asyncio.run(bounded())
 
 
 async def never(body: dict[str, Any]) -> web.Response:
