@@ -24,11 +24,13 @@ from sod_mcore.config import (
     TeacherConfig,
     ToolsConfig,
 )
-from sod_mcore.rollout.batch import RolloutRequest
 from sod_mcore.rollout.episode import Sampling
+from sod_mcore.rollout.lanes import open_track
 from sod_mcore.rollout.pool import PoolSettings
+from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.rollout.services import RolloutServices, open_services
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints, process_start_ticks, write_endpoints
+from sod_mcore.timeline import SpanRecorder
 from sod_mcore.trajectory import Prompt, Trajectory
 from tests.end_to_end.programs import TEACHER
 from tests.serving.scripted_generation import PATIENCE, ScriptedEngine, answers, generated, until
@@ -85,14 +87,17 @@ async def services_of(tmp_path: Path, *engines: ScriptedEngine) -> AsyncIterator
         yield await open_services(settings, stack)
 
 
+async def play(services: RolloutServices, number: int) -> Trajectory:
+    prompt, own = prompt_of(number), services.batch_services
+    with open_track(SpanRecorder(), own.lanes, prompt.prompt_id) as track:
+        return await own.run_episode(prompt, REQUEST, track)
+
+
 def test_the_turns_of_a_trajectory_go_to_one_engine(tmp_path: Path) -> None:
     async def run() -> None:
         engines = [ScriptedEngine(call_a_tool) for _ in range(3)]
         async with services_of(tmp_path, *engines) as services, asyncio.timeout(PATIENCE):
-            run_episode = services.batch_services.run_episode
-            trajectories: list[Trajectory] = await asyncio.gather(
-                *(run_episode(prompt_of(n), REQUEST) for n in range(8))
-            )
+            trajectories = await asyncio.gather(*(play(services, n) for n in range(8)))
         assert {t.end_reason for t in trajectories} == {"answer"}
         served = [
             collections.Counter(text_of(body).partition("Calculate ")[2][0] for body in e.requests)
@@ -111,8 +116,7 @@ def test_a_closed_gate_does_not_wait_for_requests_without_an_engine(tmp_path: Pa
         engine = ScriptedEngine(answers(503))
         engine.is_healthy = False
         async with services_of(tmp_path, engine) as services, asyncio.timeout(PATIENCE):
-            run_episode = services.batch_services.run_episode
-            episode = asyncio.create_task(run_episode(prompt_of(1), REQUEST))
+            episode = asyncio.create_task(play(services, 1))
             await until(lambda: len(engine.checks) > 0)
             await services.set_gate(False)
             engine.handler, engine.is_healthy = call_a_tool, True
