@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -25,6 +24,7 @@ from sod_mcore.serving.fleet_state import ServerState, read_fleet_state
 from sod_mcore.trajectory import RecordedBatch, Trajectory, recorded_batch_path
 from tests.end_to_end.conftest import LiveRun
 from tests.end_to_end.drills import Drill, drill, send, steps_of
+from tests.end_to_end.engine_drills import process_of, server
 from tests.end_to_end.programs import TEACHER, metrics, torchrun, write_config
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
@@ -120,19 +120,6 @@ def seconds_until_back(it: Drill, name: str, number: signal.Signals) -> float:
 
     it.wait_until(is_back, seconds=RECOVERED_SECONDS)
     return time.monotonic() - started
-
-
-def server(it: Drill, name: str) -> ServerState:
-    """The state of one process of the fleet."""
-    servers = read_fleet_state(it.run_directory).servers
-    return next(each for each in servers if each.name == name)
-
-
-def process_of(it: Drill, state: ServerState) -> psutil.Process:
-    """The process that was started for a server: its port is in the command line."""
-    port = state.url.rpartition(":")[2]
-    found = [p for p in it.members() if "--port" in p.cmdline() and port in p.cmdline()]
-    return min(found, key=lambda process: process.create_time())
 
 
 def test_the_run_goes_on_to_its_end(
