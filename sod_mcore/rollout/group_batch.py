@@ -10,15 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 
-from sod_mcore.rollout.batch import (
-    GroupResult,
-    RolloutProgress,
-    RolloutRequest,
-    RolloutResult,
-    join_groups,
-)
+from sod_mcore.rollout.batch import collect_groups
+from sod_mcore.rollout.group import GroupResult
 from sod_mcore.rollout.group_messages import GroupKey, GroupsOrder, SampleCounts
 from sod_mcore.rollout.pool import URGENT, Ticket
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
+from sod_mcore.timeline import Spans
 
 
 class GroupBatch:
@@ -87,13 +84,14 @@ class GroupBatch:
         """An actor has died: each of its unfinished groups is played again, or given up."""
         for _, position in self.unfinished(actor):
             if len(self._losses[position]) + 1 == self._attempts:
-                self.take(
-                    position,
-                    GroupResult((), self._request.samples_per_prompt, failures=(cause,)),
-                )
+                self.take(position, self._given_up(cause))
             else:
                 self._losses[position].append(cause)
                 self._counts.pop(position, None)
+
+    def _given_up(self, cause: str) -> GroupResult:
+        num_dropped = self._request.samples_per_prompt
+        return GroupResult((), num_dropped, num_unscored=0, num_retries=0, failures=(cause,))
 
     @property
     def progress(self) -> RolloutProgress:
@@ -111,8 +109,7 @@ class GroupBatch:
         )
 
     def result(self) -> RolloutResult:
-        """The batch, in prompt order, once it is done."""
+        """The batch, in prompt order, once it is done; its spans are told as they come."""
         assert self.is_done
-        return join_groups(
-            [self._results[position] for position in sorted(self._results)], self._request
-        )
+        groups = [self._results[position] for position in sorted(self._results)]
+        return collect_groups(groups, self._request, Spans.of())

@@ -8,7 +8,7 @@ import socket
 from urllib.parse import urlsplit
 
 from sod_mcore.config import ConfigError, RolloutConfig
-from sod_mcore.rollout.pool import PoolSettings, RolloutPool
+from sod_mcore.rollout.pool import PoolSettings, RolloutPool, SpanListener
 from sod_mcore.rollout.process_pool import ProcessPool
 
 _REACHABLE_SECONDS = 5.0
@@ -16,18 +16,22 @@ AUTO = "auto"
 """The cluster that this machine is a node of."""
 
 
-def open_pool(settings: PoolSettings) -> RolloutPool:
+def open_pool(settings: PoolSettings, on_spans: SpanListener = lambda spans: None) -> RolloutPool:
     """Start the pool that ``rollout.pool`` names, and wait until it can play.
+
+    Args:
+        settings: what the pool needs to know.
+        on_spans: hears what was done when, in calls of the pool's own.
 
     Raises:
         ConfigError: the Ray cluster cannot be joined, or is too small.
         RolloutError: the pool did not start, with its own words for why.
     """
     if settings.rollout.pool == "process":
-        return ProcessPool(settings)
+        return ProcessPool(settings, on_spans)
     from sod_mcore.rollout.ray_pool import RayPool  # loads Ray, which the process pool does without
 
-    return RayPool(settings)
+    return RayPool(settings, on_spans)
 
 
 def check_pool(rollout: RolloutConfig) -> None:

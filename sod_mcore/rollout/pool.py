@@ -6,7 +6,7 @@ What plays the batches is a process (``process_pool.py``) or Ray actors (``ray_p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,9 @@ from sod_mcore.config import (
     TeacherConfig,
     ToolsConfig,
 )
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
+from sod_mcore.serving.counters import ClientCounters
+from sod_mcore.timeline import Spans
 
 START_TIMEOUT_SECONDS = 180.0
 """Until a pool has reached the engines and started its sandbox."""
@@ -28,6 +30,9 @@ CLOSE_TIMEOUT_SECONDS = 10.0
 """For an orderly end; then comes a kill."""
 POLL_SECONDS = 0.2
 """Between two looks at whether the caller wants to stop."""
+
+SpanListener = Callable[[Spans], None]
+"""Hears what was done when."""
 
 Ticket = int
 """Names a submitted batch; later ones have larger tickets."""
@@ -66,6 +71,11 @@ class RolloutPool(Protocol):
     Whatever the pool cannot recover from is a :class:`RolloutError`, from any of the methods.
     """
 
+    @property
+    def counters(self) -> Mapping[str, ClientCounters]:
+        """What happened to its requests to the engines, by model, as far as is known."""
+        ...
+
     def submit(self, request: RolloutRequest) -> Ticket:
         """Begin a batch, beside those that are under way; returns what ``collect`` takes.
 
@@ -85,6 +95,18 @@ class RolloutPool(Protocol):
         Raises:
             RolloutError: the pool died or the deadline passed.
             RolloutInterruptedError: ``should_stop`` became true first.
+        """
+        ...
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Give up a batch that was not collected: its conversations are ended."""
+        ...
+
+    def hear(self) -> None:
+        """Take in what the pool has told meanwhile, and do not wait for more.
+
+        Raises:
+            RolloutError: it died.
         """
         ...
 

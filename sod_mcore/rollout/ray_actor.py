@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from sod_mcore.rollout.batch import GroupResult, RolloutRequest, run_group
-from sod_mcore.rollout.group_messages import ActorReport, GroupKey, GroupsOrder, SampleCounts
-from sod_mcore.rollout.jobs import cancel_and_wait
+from sod_mcore.rollout.group import Group, GroupResult
+from sod_mcore.rollout.group_messages import (
+    ActorHost,
+    ActorReport,
+    ActorStart,
+    GroupKey,
+    GroupsOrder,
+    SampleCounts,
+)
 from sod_mcore.rollout.pool import PoolSettings, describe_failure
 from sod_mcore.rollout.services import RolloutServices, open_services
-from sod_mcore.rollout.slots import HoldSlot, Slots
-from sod_mcore.trajectory import Prompt
+from sod_mcore.rollout.slots import Slots
+from sod_mcore.rollout.tasks import cancel
+from sod_mcore.timeline import SpanRecorder
 
 _PROGRESS_SECONDS = 0.25
 """Between two reports that bring no finished group."""
@@ -45,16 +51,18 @@ class RolloutActor:
         self._opened: RolloutServices | None = None
         self._tasks: dict[GroupKey, asyncio.Task[None]] = {}
         self._finished: dict[GroupKey, GroupResult] = {}
+        self._progress: dict[GroupKey, SampleCounts] = {}
         self._counts: dict[GroupKey, SampleCounts] = {}
         self._failure: str | None = None
+        self._recorder = SpanRecorder()
         self._has_news = asyncio.Event()
         self._is_pressing = asyncio.Event()
 
-    async def host(self) -> str:
-        """Name of the machine; the first call, which is answered when the actor has a place."""
-        return socket.gethostname()
+    async def host(self) -> ActorHost:
+        """Where it is; the first call, which is answered when the actor has a place."""
+        return ActorHost.here()
 
-    async def open(self, is_gate_open: bool) -> str | None:
+    async def open(self, start: ActorStart) -> str | None:
         """Connect to the engines, start the sandbox and the verifiers.
 
         Returns:
@@ -64,7 +72,9 @@ class RolloutActor:
             log_path = self._settings.run_directory / f"rollout_actor_{self._number}.log"
             self._stack.enter_context(_logging_to(log_path))
             self._opened = await open_services(self._settings, self._stack)
-            await self._opened.set_gate(is_gate_open)
+            await self._opened.set_gate(start.is_gate_open)
+            if start.weight_version is not None:
+                self._opened.require_weights(start.weight_version)
         except Exception as error:
             logger.error("%s", traceback.format_exc())
             await self._stack.aclose()
@@ -73,15 +83,25 @@ class RolloutActor:
 
     async def begin(self, order: GroupsOrder) -> None:
         """Work on these groups beside the others."""
+        if order.request.weight_version is not None:
+            self._services.require_weights(order.request.weight_version)
         for position, prompt in zip(order.positions, order.request.prompts, strict=True):
             key = GroupKey(order.ticket, position)
-            self._tasks[key] = asyncio.create_task(
-                self._play(key, prompt, order.request, partial(self._slots.hold, order.priority))
+            group = Group(
+                prompt,
+                order.request,
+                self._services.batch_services,
+                hold_slot=partial(self._slots.hold, order.priority),
+                attempts=self._settings.rollout.attempts,
+                recorder=self._recorder,
+                on_sample=partial(self._count, key),
             )
+            self._progress[key] = SampleCounts()
+            self._tasks[key] = asyncio.create_task(self._play(key, group))
 
     async def cancel(self, keys: Iterable[GroupKey]) -> None:
         """End these groups, those that have ended aside; their requests to engines are aborted."""
-        await cancel_and_wait(*(self._tasks[key] for key in keys if key in self._tasks))
+        await cancel(*(self._tasks[key] for key in keys if key in self._tasks))
 
     async def report(self) -> ActorReport:
         """Wait for news; a finished group or a failure is told at once, the rest now and then."""
@@ -90,7 +110,13 @@ class RolloutActor:
             await _wait_at_most(self._is_pressing, _PROGRESS_SECONDS)
         self._has_news.clear()
         self._is_pressing.clear()
-        report = ActorReport(self._finished, self._counts, self._failure)
+        report = ActorReport(
+            self._finished,
+            self._counts,
+            self._recorder.take(),
+            self._services.counters(),
+            self._failure,
+        )
         self._finished, self._counts = {}, {}
         return report
 
@@ -103,26 +129,9 @@ class RolloutActor:
         await self.cancel(list(self._tasks))
         await self._stack.aclose()
 
-    async def _play(
-        self, key: GroupKey, prompt: Prompt, request: RolloutRequest, hold_slot: HoldSlot
-    ) -> None:
-        counts = SampleCounts()
-
-        def hear(is_finished: bool) -> None:
-            nonlocal counts
-            counts = SampleCounts(counts.finished + is_finished, counts.dropped + (not is_finished))
-            self._counts[key] = counts
-            self._has_news.set()
-
+    async def _play(self, key: GroupKey, group: Group) -> None:
         try:
-            self._finished[key] = await run_group(
-                prompt,
-                request,
-                self._services.batch_services,
-                hold_slot=hold_slot,
-                attempts=self._settings.rollout.attempts,
-                on_sample=hear,
-            )
+            self._finished[key] = await group.run()
             self._tell_at_once()
         except Exception as error:
             # As in the pool process: what ends a batch ends the run.
@@ -131,7 +140,14 @@ class RolloutActor:
             self._tell_at_once()
         finally:
             self._counts.pop(key, None)
-            del self._tasks[key]
+            del self._progress[key], self._tasks[key]
+
+    def _count(self, key: GroupKey, is_dropped: bool) -> None:
+        """One more sample of a group is over."""
+        finished, dropped = self._progress[key]
+        counts = SampleCounts(finished + (not is_dropped), dropped + is_dropped)
+        self._progress[key] = self._counts[key] = counts
+        self._has_news.set()
 
     def _tell_at_once(self) -> None:
         self._has_news.set()

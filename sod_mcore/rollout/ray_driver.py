@@ -7,24 +7,27 @@ cluster. All of it runs in one asyncio loop.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.group_batch import GroupBatch
-from sod_mcore.rollout.group_messages import ActorReport, GroupKey, GroupsOrder
-from sod_mcore.rollout.jobs import all_or_first_error, cancel_and_wait
+from sod_mcore.rollout.group_messages import ActorReport, ActorStart, GroupKey, GroupsOrder
 from sod_mcore.rollout.pool import (
     CLOSE_TIMEOUT_SECONDS,
     RolloutError,
+    SpanListener,
     Ticket,
     describe_failure,
 )
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
+from sod_mcore.rollout.tasks import all_or_first_error, cancel
+from sod_mcore.serving.counters import ClientCounters, total
 
 _AGAIN_SECONDS = 1.0
 """Between two tries to put an actor in the place of one that died."""
@@ -49,7 +52,7 @@ class ActorHandle(Protocol):
         """
         ...
 
-    async def open(self, is_gate_open: bool, timeout_seconds: float) -> None:
+    async def open(self, start: ActorStart, timeout_seconds: float) -> None:
         """Make it ready to play.
 
         Raises:
@@ -80,12 +83,14 @@ class _Member:
         number: which of the prompts are its own.
         handle: None while it is being replaced.
         host: machine that it runs on, or ran on.
+        counters: what happened to its requests.
         turn: orders reach it one after the other, since Ray may start calls in another order.
     """
 
     number: int
     handle: ActorHandle | None = None
     host: str = "a node that it never reached"
+    counters: Mapping[str, ClientCounters] = field(default_factory=dict)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -104,6 +109,7 @@ class RayDriver:
         num_actors: how many.
         attempts: times that a group is given to an actor.
         start_timeout_seconds: until an actor, or a successor, has a place and can play.
+        on_spans: hears what was done when, from the loop's thread.
         check_cluster: raises RolloutError when there is nothing to play on any more.
     """
 
@@ -114,17 +120,20 @@ class RayDriver:
         num_actors: int,
         attempts: int,
         start_timeout_seconds: float,
+        on_spans: SpanListener = lambda spans: None,
         check_cluster: Callable[[], None] = lambda: None,
     ) -> None:
         self._launch = launch
         self._attempts = attempts
         self._start_timeout_seconds = start_timeout_seconds
+        self._on_spans = on_spans
         self._check_cluster = check_cluster
+        self._counters_of_lost: list[Mapping[str, ClientCounters]] = []
         self._members = [_Member(number) for number in range(num_actors)]
         self._tickets = itertools.count()
         self._batches: dict[Ticket, _Batch] = {}
         self._awaited: set[Future[RolloutResult]] = set()
-        self._is_gate_open = True
+        self._start_state = ActorStart()
         self._failure: RolloutError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -154,7 +163,11 @@ class RayDriver:
         Raises:
             RolloutError: the pool has failed.
         """
-        self._raise_failure()
+        self.raise_failure()
+        if request.weight_version is not None:
+            self._start_state = dataclasses.replace(
+                self._start_state, weight_version=request.weight_version
+            )
         ticket = next(self._tickets)
         groups = GroupBatch(ticket, request, len(self._members), self._attempts)
         batch = self._batches[ticket] = _Batch(groups, result, on_progress)
@@ -164,20 +177,34 @@ class RayDriver:
         self._settle(ticket, batch)
         return ticket
 
+    async def cancel(self, ticket: Ticket) -> None:
+        """Give up a batch; its conversations are ended."""
+        batch = self._batches.pop(ticket, None)
+        if batch is not None:
+            self._awaited.discard(batch.result)
+            self._spawn(self._end_groups(batch))
+
+    @property
+    def counters(self) -> dict[str, ClientCounters]:
+        """What happened to all requests to the engines, by model; may be read by any thread."""
+        known = [*self._counters_of_lost, *(member.counters for member in self._members)]
+        models = dict.fromkeys(model for counters in known for model in counters)
+        return {m: total(counters[m] for counters in known if m in counters) for m in models}
+
     async def set_gate(self, is_open: bool) -> None:
         """Let requests through to the engines, or hold them back until none is in flight.
 
         Raises:
             RolloutError: the pool has failed.
         """
-        self._raise_failure()
-        self._is_gate_open = is_open  # what is being replaced starts with it
+        self.raise_failure()
+        self._start_state = dataclasses.replace(self._start_state, is_gate_open=is_open)
 
         await all_or_first_error([self._set_gate_of(member, is_open) for member in self._members])
 
     async def close(self) -> None:
         """Give up what is under way, and end the actors."""
-        await cancel_and_wait(*self._tasks)
+        await cancel(*self._tasks)
         handles = [member.handle for member in self._members if member.handle]
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
@@ -190,11 +217,13 @@ class RayDriver:
         while True:
             assert member.handle is not None
             try:
-                self._hear(await member.handle.report())
+                self._hear(member, await member.handle.report())
             except ActorLostError as error:
                 await self._replace(member, str(error))
 
-    def _hear(self, report: ActorReport) -> None:
+    def _hear(self, member: _Member, report: ActorReport) -> None:
+        member.counters = report.counters
+        self._on_spans(report.spans)
         if report.failure is not None:
             raise RolloutError(report.failure)
         for key, counts in report.counts.items():
@@ -216,12 +245,15 @@ class RayDriver:
 
     async def _complete(self, batch: _Batch) -> None:
         """The result is out when nothing of the batch is played any more."""
+        await self._end_groups(batch)
+        self._awaited.remove(batch.result)
+        batch.result.set_result(batch.groups.result())
+
+    async def _end_groups(self, batch: _Batch) -> None:
         unfinished = [batch.groups.unfinished(member.number) for member in self._members]
         await all_or_first_error(
             [self._cancel(m, keys) for m, keys in zip(self._members, unfinished, strict=True)]
         )
-        self._awaited.remove(batch.result)
-        batch.result.set_result(batch.groups.result())
 
     async def _cancel(self, member: _Member, keys: Sequence[GroupKey]) -> None:
         if not keys:
@@ -257,6 +289,8 @@ class RayDriver:
         assert member.handle is not None
         member.handle.kill()
         member.handle = None
+        self._counters_of_lost.append(member.counters)
+        member.counters = {}
         cause = f"rollout actor {member.number} on {member.host} died: {cause}"
         logger.warning("%s", cause)
         for ticket, batch in list(self._batches.items()):
@@ -285,11 +319,11 @@ class RayDriver:
         handle = self._launch(member.number)
         try:
             member.host = await handle.wait_for_place(timeout_seconds)
-            is_open = self._is_gate_open
-            await handle.open(is_open, timeout_seconds)
-            while is_open != self._is_gate_open:
-                is_open = self._is_gate_open
-                await handle.set_gate(is_open)
+            start = self._start_state
+            await handle.open(start, timeout_seconds)
+            while start.is_gate_open != self._start_state.is_gate_open:
+                start = self._start_state
+                await handle.set_gate(start.is_gate_open)
         except BaseException:
             handle.kill()
             raise
@@ -325,6 +359,11 @@ class RayDriver:
         for task in self._tasks:
             task.cancel()
 
-    def _raise_failure(self) -> None:
+    def raise_failure(self) -> None:
+        """Say why the pool cannot go on, if so.
+
+        Raises:
+            RolloutError: it cannot.
+        """
         if self._failure is not None:
             raise self._failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,19 @@ from typing import Any
 import numpy as np
 
 from sod_mcore.config import ToolsConfig
-from sod_mcore.rollout.batch import GroupResult
-from sod_mcore.rollout.group_messages import ActorReport, GroupKey, GroupsOrder
+from sod_mcore.rollout.group import GroupResult
+from sod_mcore.rollout.group_messages import (
+    ActorHost,
+    ActorReport,
+    ActorStart,
+    GroupKey,
+    GroupsOrder,
+)
 from sod_mcore.rollout.pool import PoolSettings, RolloutError
 from sod_mcore.rollout.ray_actor import RolloutActor
 from sod_mcore.rollout.ray_cluster import one_line
 from sod_mcore.rollout.ray_driver import ActorLostError
+from sod_mcore.timeline import Spans
 from sod_mcore.tools import choose_sandbox_url
 from sod_mcore.trajectory import Trajectory
 
@@ -35,6 +43,8 @@ class RayHandle:
     def __init__(self, settings: PoolSettings, number: int) -> None:
         import ray
 
+        self._number, self._num_actors = number, settings.rollout.ray_actors
+        self._clock_ahead = 0.0
         self._cpus = settings.rollout.ray_actor_cpus
         self._log_path = settings.run_directory / f"rollout_actor_{number}.log"
         options = {"num_cpus": self._cpus, "scheduling_strategy": "SPREAD"}
@@ -52,7 +62,9 @@ class RayHandle:
 
         try:
             async with asyncio.timeout(timeout_seconds):
-                return str(await self._call("host"))
+                await self._call("host")
+                asked = time.monotonic()
+                host: ActorHost = await self._call("host")
         except TimeoutError as error:
             free = ray.available_resources().get("CPU", 0.0)
             raise RolloutError(
@@ -60,8 +72,11 @@ class RayHandle:
                 f"reserves {self._cpus:g} CPUs (rollout.ray_actor_cpus), and {free:g} are free in "
                 "the whole cluster; add a node, or lower rollout.ray_actors"
             ) from error
+        if host.boot != ActorHost.here().boot:
+            self._clock_ahead = host.clock - (asked + time.monotonic()) / 2
+        return host.name
 
-    async def open(self, is_gate_open: bool, timeout_seconds: float) -> None:
+    async def open(self, start: ActorStart, timeout_seconds: float) -> None:
         """Make it ready to play.
 
         Raises:
@@ -70,7 +85,7 @@ class RayHandle:
         """
         try:
             async with asyncio.timeout(timeout_seconds):
-                failure = await self._call("open", is_gate_open)
+                failure = await self._call("open", start)
         except TimeoutError as error:
             raise RolloutError(
                 f"a rollout actor did not start within {timeout_seconds:.0f} s; its log is "
@@ -91,7 +106,18 @@ class RayHandle:
         """What has happened; waits until something has."""
         report: ActorReport = await self._call("report")
         groups = {key: _detached(group) for key, group in report.groups.items()}
-        return dataclasses.replace(report, groups=groups)
+        return dataclasses.replace(report, groups=groups, spans=self._placed(report.spans))
+
+    def _placed(self, spans: Spans) -> Spans:
+        """The same spans on the clock of this machine, in lanes that no other actor uses."""
+        return dataclasses.replace(
+            spans,
+            starts=spans.starts - self._clock_ahead,
+            ends=spans.ends - self._clock_ahead,
+            lanes=spans.lanes * self._num_actors + self._number,
+            kinds=np.array(spans.kinds),
+            labels=np.array(spans.labels),
+        )
 
     async def set_gate(self, is_open: bool) -> None:
         """Let its requests through, or hold them back; returns when none is in flight."""

@@ -7,16 +7,16 @@ while the trainer works. What the trainer calls only hands over and waits.
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.pool import (
     CLOSE_TIMEOUT_SECONDS,
     POLL_SECONDS,
@@ -25,11 +25,15 @@ from sod_mcore.rollout.pool import (
     RolloutError,
     RolloutInterruptedError,
     RolloutPool,
+    SpanListener,
     Ticket,
 )
 from sod_mcore.rollout.ray_cluster import ray_cluster
 from sod_mcore.rollout.ray_driver import RayDriver
 from sod_mcore.rollout.ray_handle import RayHandle
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
+from sod_mcore.serving.counters import ClientCounters
+from sod_mcore.timeline import Spans
 
 _MARGIN_SECONDS = 10.0
 """Beyond a time limit of the driver's own, so that its message is what the user sees."""
@@ -62,11 +66,15 @@ class RayPool(RolloutPool):
 
     Args:
         settings: as for the process pool.
+        on_spans: hears what was done when, in calls of the pool's own.
         start_timeout_seconds: until an actor, or one that takes the place of another, can play.
     """
 
     def __init__(
-        self, settings: PoolSettings, start_timeout_seconds: float = START_TIMEOUT_SECONDS
+        self,
+        settings: PoolSettings,
+        on_spans: SpanListener = lambda spans: None,
+        start_timeout_seconds: float = START_TIMEOUT_SECONDS,
     ) -> None:
         """Connect to Ray, start the actors and wait until they have reached the engines.
 
@@ -75,6 +83,8 @@ class RayPool(RolloutPool):
             RolloutError: Ray or an actor did not start, with its own words for why.
         """
         rollout = settings.rollout
+        self._on_spans = on_spans
+        self._spans: queue.SimpleQueue[Spans] = queue.SimpleQueue()
         self._pending: dict[Ticket, _Pending] = {}
         with ExitStack() as stack:
             check = stack.enter_context(ray_cluster(rollout, settings.run_directory))
@@ -84,6 +94,7 @@ class RayPool(RolloutPool):
                 num_actors=rollout.ray_actors,
                 attempts=rollout.attempts,
                 start_timeout_seconds=start_timeout_seconds,
+                on_spans=self._spans.put,
                 check_cluster=check,
             )
             stack.callback(self._close_driver)
@@ -111,10 +122,25 @@ class RayPool(RolloutPool):
                 raise RolloutInterruptedError
             if time.monotonic() > deadline:
                 raise RolloutError(_overdue("finish a batch", timeout_seconds))
+            self._tell_spans()
             pending.tell(on_progress)
+        self._tell_spans()
         del self._pending[ticket]
         pending.tell(on_progress)
         return pending.result.result()
+
+    def cancel(self, ticket: Ticket) -> None:
+        self._pending.pop(ticket, None)
+        self._run(self._driver.cancel(ticket), _MARGIN_SECONDS, "give up a batch")
+
+    def hear(self) -> None:
+        self._tell_spans()
+        self._driver.raise_failure()
+
+    @property
+    def counters(self) -> Mapping[str, ClientCounters]:
+        """Of all requests until the last report of each actor."""
+        return self._driver.counters
 
     def pause(self, timeout_seconds: float = 60.0) -> None:
         self._run(self._driver.set_gate(False), timeout_seconds, "pause")
@@ -124,6 +150,10 @@ class RayPool(RolloutPool):
 
     def close(self) -> None:
         self._stack.close()
+
+    def _tell_spans(self) -> None:
+        while not self._spans.empty():
+            self._on_spans(self._spans.get())
 
     def _close_driver(self) -> None:
         self._run(self._driver.close(), CLOSE_TIMEOUT_SECONDS + _MARGIN_SECONDS, "close")

@@ -9,12 +9,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-
-HoldSlot = Callable[[], AbstractAsyncContextManager[None]]
-"""Waits for a place and holds it."""
 
 
 @dataclass(frozen=True, order=True)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import orjson
 import torch
 
-from sod_mcore.serving.client import EngineClient, EngineError
+from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import ModelEndpoints
+from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.tensor_check import Bucket, engine_shapes, require_loadable
 from sod_mcore.serving.weight_transfer import WeightUpdateError, post_to_all
 

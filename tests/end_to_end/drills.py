@@ -57,9 +57,11 @@ class Drill:
         return [found[rank] for rank in sorted(found)]
 
     def member(self, part_of_command: str) -> psutil.Process:
-        """The one process whose command line has this part."""
-        (found,) = [p for p in self.members() if any(part_of_command in a for a in p.cmdline())]
-        return found
+        """The one process whose command line has this part; a child of it may have it for the
+        moment between its fork and its exec."""
+        found = [p for p in self.members() if any(part_of_command in a for a in _command(p))]
+        (parent,) = [p for p in found if p.ppid() not in {other.pid for other in found}]
+        return parent
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
         """Wait for ``condition``; the command must not end before."""
@@ -191,12 +193,17 @@ def _has_marker(process: psutil.Process, marker: str) -> bool:
         return False
 
 
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        arguments: list[str] = process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+    return arguments
+
+
 def _own(process: psutil.Process) -> str:
     """The program that a Python process runs, without torchrun's own arguments."""
-    try:
-        command = process.cmdline()
-    except psutil.NoSuchProcess:
-        return ""
+    command = _command(process)
     is_launcher = "torch.distributed.run" in command or "sod_mcore.serving" in command
     return "" if is_launcher else " ".join(command[1:3])
 

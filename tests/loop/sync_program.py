@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from sod_mcore.config import EngineConfig, OptimizerConfig, ServingConfig, StudentConfig
+from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+from sod_mcore.serving.fleet_state import FleetStateFile
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed
@@ -59,6 +61,8 @@ def work_off(folder: Path, student: Student) -> dict[str, float | str]:
         bucket_mb: int = BUCKET_MB,
         engine_folder: str = "model",
         engines: tuple[str, ...] = urls,
+        watch: EngineWatch | None = None,
+        max_restarts: int = 0,
     ) -> float:
         model = ModelEndpoints(
             "student", engines[0], engines, str(folder / engine_folder), 512, student.vocab_size
@@ -69,10 +73,12 @@ def work_off(folder: Path, student: Student) -> dict[str, float | str]:
             weight_sync=way,  # type: ignore[arg-type]
             weight_bucket_mb=bucket_mb,
             request_timeout_seconds=60.0,
+            max_restarts=max_restarts,
         )
         sync = WeightSync(
             student=student,
             endpoints=fleet if student.layout.rank == 0 else None,
+            watch=watch or EngineWatch(folder / "no_fleet", 0.0),
             serving=serving,
             tolerance=np.inf,  # the engines make up their scores
             directory=folder / "weights",
@@ -89,8 +95,42 @@ def work_off(folder: Path, student: Student) -> dict[str, float | str]:
         "engine gone": failure(lambda: publish(5, "tensor", engines=(*urls, CLOSED_PORT))),
         "last tensor refused": failure(lambda: publish(6, "tensor", engine_folder="without_norm")),
     }
+    for way in ("disk", "tensor"):
+        watch = WatchOfADeath(folder / f"dying_{way}", urls)
+        publish(20, way, engines=watch.urls, watch=watch, max_restarts=1)
+        results[f"{way}: updates begun"] = watch.begun
+        results[f"{way}: weightless after the update"] = watch.is_weightless()
+        watch.revive()
+        results[f"{way}: weightless after the restart"] = watch.is_weightless()
     publish(7, "tensor")
     return results
+
+
+class WatchOfADeath(EngineWatch):
+    """Of two engines, the second is found dead only after the first update has begun.
+
+    Attributes:
+        urls: their addresses.
+        begun: updates begun so far.
+    """
+
+    def __init__(self, directory: Path, urls: tuple[str, ...]) -> None:
+        super().__init__(directory, patience_seconds=0.0)
+        self.urls = (urls[0], CLOSED_PORT)
+        self.begun = 0
+        self._file = FleetStateFile(directory)
+        for name, url in zip(("first", "second"), self.urls, strict=True):
+            self._file.record(name, "student", "engine", url, "ready", 0)
+
+    def begin_update(self, endpoints: Endpoints, model: str) -> Endpoints:
+        ready = super().begin_update(endpoints, model)
+        self.begun += 1
+        self._file.record("second", "student", "engine", CLOSED_PORT, "restarting", 0)
+        return ready
+
+    def revive(self) -> None:
+        """The dead engine is there again."""
+        self._file.record("second", "student", "engine", CLOSED_PORT, "ready", 1)
 
 
 def failure(sync: Callable[[], float]) -> str:

@@ -112,5 +112,14 @@ def test_a_failed_sync_ends_on_every_rank_and_the_next_one_works(sync_run: SyncR
     assert sync_run.versions == ["7", "7"]
 
 
+@pytest.mark.parametrize("way", ["disk", "tensor"])
+def test_an_engine_that_dies_gets_its_weights_later(sync_run: SyncRun, way: str) -> None:
+    """The sync is tried again without it, and it is missed when it is there again."""
+    result = sync_run.ranks[0]
+    assert result[f"{way}: updates begun"] == 2
+    assert result[f"{way}: weightless after the update"] is False
+    assert result[f"{way}: weightless after the restart"] is True
+
+
 def test_only_the_way_by_disk_writes_folders(sync_run: SyncRun) -> None:
-    assert [folder.name for folder in sync_run.directory.iterdir()] == ["version_000002"]
+    assert [folder.name for folder in sync_run.directory.iterdir()] == ["version_000020"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,39 @@ import pytest
 
 from sod_mcore.rewards import RewardResult
 from sod_mcore.rollout import ray_actor
-from sod_mcore.rollout.batch import BatchServices, RolloutRequest
 from sod_mcore.rollout.gate import RequestGate
-from sod_mcore.rollout.group_messages import ActorReport, GroupKey, GroupsOrder, SampleCounts
+from sod_mcore.rollout.group import BatchServices
+from sod_mcore.rollout.group_messages import ActorStart, GroupKey, GroupsOrder, SampleCounts
+from sod_mcore.rollout.lanes import Track
 from sod_mcore.rollout.pool import PoolSettings
 from sod_mcore.rollout.ray_actor import RolloutActor
+from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.rollout.services import RolloutServices
+from sod_mcore.serving.counters import ClientCounters
 from sod_mcore.serving.fleet import FleetError
 from sod_mcore.trajectory import Prompt, Trajectory
 from tests.rollout.input_engine import pool_settings, sums
 from tests.rollout.test_ray_driver import trajectory
 
 PATIENCE = 30.0
+
+
+@dataclass(frozen=True)
+class FakeRolloutServices:
+    """Stands for the connections to the engines."""
+
+    batch_services: BatchServices
+    gate: RequestGate
+    required: list[int]
+
+    def require_weights(self, version: int) -> None:
+        self.required.append(version)
+
+    def counters(self) -> dict[str, ClientCounters]:
+        return {"student": ClientCounters(requests=7)}
+
+    async def set_gate(self, is_open: bool) -> None:
+        await self.gate.set_open(is_open)
 
 
 class Services:
@@ -42,8 +65,9 @@ class Services:
         self.free: Counter[str] = Counter()
         self.unusable: set[str] = set()
         self.is_closed = False
+        self.required: list[int] = []
 
-    async def episode(self, prompt: Prompt, request: RolloutRequest) -> Trajectory:
+    async def episode(self, prompt: Prompt, request: RolloutRequest, track: Track) -> Trajectory:
         self.begun.append(prompt.prompt_id)
         try:
             while self.free[prompt.prompt_id] == 0:
@@ -59,24 +83,29 @@ class Services:
             raise ValueError("the ground truth is empty")
         return RewardResult(1.0, "right", "5", {"answer": 1.0})
 
-    async def score(self, prompt: Prompt, trajectory: Trajectory) -> Trajectory:
+    async def score(self, prompt: Prompt, trajectory: Trajectory, track: Track) -> Trajectory:
         return trajectory
 
-    async def open(self, settings: PoolSettings, stack: AsyncExitStack) -> RolloutServices:
+    async def open(self, settings: PoolSettings, stack: AsyncExitStack) -> FakeRolloutServices:
         stack.callback(self._close)
         bound = BatchServices(self.episode, self.reward, self.score, RuntimeError)
-        return RolloutServices(bound, RequestGate())
+        return FakeRolloutServices(bound, RequestGate(), self.required)
 
     def _close(self) -> None:
         self.is_closed = True
 
 
-def order(ticket: int, positions: tuple[int, ...], priority: int, samples: int = 1) -> GroupsOrder:
+def order(
+    ticket: int,
+    positions: tuple[int, ...],
+    priority: int,
+    samples: int = 1,
+    weight_version: int | None = None,
+) -> GroupsOrder:
     request = sums(max(positions) + 1, samples)
     prompts = tuple(request.prompts[position] for position in positions)
-    return GroupsOrder(
-        ticket, priority, RolloutRequest(prompts, samples, request.sampling), positions
-    )
+    part = dataclasses.replace(request, prompts=prompts, weight_version=weight_version)
+    return GroupsOrder(ticket, priority, part, positions)
 
 
 def play(
@@ -91,7 +120,7 @@ def play(
     async def work() -> None:
         actor = RolloutActor(pool_settings(folder, rollout), 0)
         async with asyncio.timeout(PATIENCE):
-            assert await actor.open(True) is None
+            assert await actor.open(ActorStart(weight_version=2)) is None
             await script(actor, services)
             await actor.close()
 
@@ -164,7 +193,7 @@ def test_an_unusable_row_is_a_failure_in_the_words_of_the_process_pool(
         services.unusable.add("p0")
         await actor.begin(order(0, (0,), priority=0))
         failure = "rollout pool: UnusableRowError: p0: the ground truth is empty"
-        assert await actor.report() == ActorReport(failure=failure)
+        assert (await actor.report()).failure == failure
 
     play(tmp_path, monkeypatch, script)
     assert "UnusableRowError" in (tmp_path / "rollout_actor_0.log").read_text()
@@ -177,7 +206,10 @@ def test_samples_of_an_unfinished_group_are_counted(
         await actor.begin(order(0, (0,), priority=0, samples=2))
         services.free["p0"] = 1
         report = await actor.report()
-        assert report == ActorReport(counts={GroupKey(0, 0): SampleCounts(finished=1)})
+        assert report.counts == {GroupKey(0, 0): SampleCounts(finished=1)}
+        assert (report.groups, report.failure) == ({}, None)
+        assert [(span.kind, span.label) for span in report.spans] == [("reward", "p0")]
+        assert report.counters == {"student": ClientCounters(requests=7)}
 
     play(tmp_path, monkeypatch, script)
 
@@ -189,5 +221,15 @@ def test_services_that_do_not_start_are_told_in_words(
         raise FleetError("there are no engines")
 
     monkeypatch.setattr(ray_actor, "open_services", fail)
-    failure = asyncio.run(RolloutActor(pool_settings(tmp_path, {}), 0).open(True))
+    failure = asyncio.run(RolloutActor(pool_settings(tmp_path, {}), 0).open(ActorStart()))
     assert failure == "rollout pool: FleetError: there are no engines"
+
+
+def test_engines_need_the_weights_of_the_newest_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def script(actor: RolloutActor, services: Services) -> None:
+        await actor.begin(order(0, (0,), priority=0, weight_version=3))
+        await actor.begin(order(1, (0,), priority=1))
+
+    assert play(tmp_path, monkeypatch, script).required == [2, 3]

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from sod_mcore.config import ConfigError
-from sod_mcore.rollout.batch import RolloutProgress
 from sod_mcore.rollout.open_pool import check_pool, open_pool
 from sod_mcore.rollout.pool import PoolSettings, RolloutError
 from sod_mcore.rollout.ray_handle import RayHandle
+from sod_mcore.rollout.request import RolloutProgress
 from tests.rollout.input_engine import InputEngine, pool_settings, served, sums, write_fleet
 from tests.rollout.test_pools_alike import assert_same
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -10,12 +11,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from sod_mcore.rollout.batch import GroupResult, RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.group_messages import ActorReport, GroupKey, GroupsOrder, SampleCounts
+from sod_mcore.rollout.group import GroupResult
+from sod_mcore.rollout.group_messages import (
+    ActorReport,
+    ActorStart,
+    GroupKey,
+    GroupsOrder,
+    SampleCounts,
+)
 from sod_mcore.rollout.pool import RolloutError
 from sod_mcore.rollout.ray_driver import ActorLostError, RayDriver
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.token_recorder import TokenRecorder
+from sod_mcore.serving.counters import ClientCounters
 from sod_mcore.trajectory import Prompt, Trajectory
 
 PATIENCE = 30.0
@@ -33,7 +42,8 @@ def request(prompts: int, samples: int = 2, spare: int = 0, urgent: bool = False
 
 
 def group(position: int, samples: int = 2) -> GroupResult:
-    return GroupResult(tuple(trajectory(f"p{position}") for _ in range(samples)))
+    trajectories = tuple(trajectory(f"p{position}") for _ in range(samples))
+    return GroupResult(trajectories, num_dropped=0, num_unscored=0, num_retries=0, failures=())
 
 
 def trajectory(group_id: str) -> Trajectory:
@@ -52,6 +62,7 @@ class FakeActor:
         self.orders: list[GroupsOrder] = []
         self.cancelled: list[GroupKey] = []
         self.gate: list[bool] = []
+        self.weight_version: int | None = None
         self.is_killed = False
         self.is_closed = False
         self._open_error = open_error
@@ -60,8 +71,9 @@ class FakeActor:
     async def wait_for_place(self, timeout_seconds: float) -> str:
         return "somewhere"
 
-    async def open(self, is_gate_open: bool, timeout_seconds: float) -> None:
-        self.gate.append(is_gate_open)
+    async def open(self, start: ActorStart, timeout_seconds: float) -> None:
+        self.gate.append(start.is_gate_open)
+        self.weight_version = start.weight_version
         if self._open_error is not None:
             raise self._open_error
 
@@ -364,5 +376,55 @@ def test_a_batch_without_prompts_is_done() -> None:
     async def script(driver: RayDriver) -> None:
         _, future = await stage.submit(driver, request(0))
         assert (await result_of(future)).trajectories == ()
+
+    play(stage, script)
+
+
+def test_a_successor_knows_the_oldest_weights_that_may_sample() -> None:
+    stage = Stage(num_actors=1)
+
+    async def script(driver: RayDriver) -> None:
+        await stage.submit(driver, dataclasses.replace(request(1), weight_version=4))
+        await stage.submit(driver, request(1))
+        stage.actors[0].die()
+        await until(lambda: len(stage.actors) == 2)
+        await until(lambda: len(stage.actors[1].orders) == 2)
+
+    play(stage, script)
+    assert [actor.weight_version for actor in stage.actors] == [None, 4]
+
+
+def test_a_batch_that_nobody_waits_for_is_ended() -> None:
+    stage = Stage(num_actors=1)
+
+    async def script(driver: RayDriver) -> None:
+        ticket, _ = await stage.submit(driver, request(2))
+        other, future = await stage.submit(driver, request(1))
+        (actor,) = stage.actors
+        await driver.cancel(ticket)
+        await until(lambda: len(actor.cancelled) == 2)
+        assert actor.cancelled == [GroupKey(ticket, 0), GroupKey(ticket, 1)]
+        actor.die()
+        await until(lambda: len(stage.actors) == 2 and bool(stage.actors[1].orders))
+        assert stage.actors[1].positions == [(other, (0,))]
+        stage.actors[1].finish(other, 0)
+        await result_of(future)
+
+    play(stage, script)
+
+
+def test_requests_of_actors_that_died_stay_counted() -> None:
+    stage = Stage()
+
+    async def script(driver: RayDriver) -> None:
+        for actor, count in zip(stage.actors, (3, 5), strict=True):
+            counters = ClientCounters(requests=count, seconds_waited=0.5)
+            actor.tell(ActorReport(counters={"student": counters}))
+        await until(lambda: driver.counters.get("student", ClientCounters()).requests == 8)
+        stage.actors[0].die()
+        await until(lambda: len(stage.actors) == 3)
+        stage.actors[2].tell(ActorReport(counters={"student": ClientCounters(requests=10)}))
+        await until(lambda: driver.counters["student"].requests == 18)
+        assert driver.counters["student"].seconds_waited == 1.0
 
     play(stage, script)

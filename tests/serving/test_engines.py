@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import aiohttp
 import numpy as np
@@ -18,13 +21,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sod_mcore.serving import weights
-from sod_mcore.serving.client import EngineClient, EngineError, Generation, SamplingSettings
+from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.fleet_state import read_fleet_state
+from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.messages import Generation, SamplingSettings
 from sod_mcore.serving.scoring import Scores, score
 from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightUpdateError
-from tests.serving.conftest import LiveFleet
+from tests.serving.conftest import START_SECONDS, LiveFleet
+from tests.serving.processes import leader_at
 from tests.serving.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, random_ids, reference_logprobs
 
 TOLERANCE = 1e-5
@@ -351,3 +358,64 @@ def test_the_front_door_streams_and_chats(live_fleet: LiveFleet) -> None:
     assert answer["model"] == "student"
     assert unknown[0] == 404
     assert "student, teacher" in unknown[1]
+
+
+def test_a_paused_engine_tells_that_it_lives(live_fleet: LiveFleet) -> None:
+    """The fleet asks so; /health of a paused engine is 503 after 20 s, as if it were dead."""
+    url = live_fleet.endpoints.model("student").engines[0]
+
+    async def run() -> None:
+        async with EngineClient(live_fleet.endpoints, request_timeout_seconds=15.0) as client:
+            await client.post(f"{url}/pause_generation", {"mode": "retract"})
+            try:
+                assert (await client.get(f"{url}/server_info"))["internal_states"]
+            finally:
+                await client.post(f"{url}/continue_generation", {})
+
+    asyncio.run(run())
+
+
+def test_an_engine_and_a_router_that_are_killed_come_back(live_fleet: LiveFleet) -> None:
+    """Requests go on elsewhere; the engine has its first weights then, and is not used before it
+    has got those that are required. The last test here, for it takes an engine's start."""
+    endpoints, ids = live_fleet.endpoints, random_ids(20, seed=10)
+    student = endpoints.model("student")
+    sampling = SamplingSettings(max_new_tokens=400, ignore_eos=True)
+    survivor, victim = student.engines
+    version = 1 + max(weights.weight_versions(endpoints, "student", TIMEOUT))
+    update_from_disk(endpoints, live_fleet.student, version)
+
+    async def versions_of_many(client: EngineClient) -> set[int]:
+        prompts = [[*ids, n] for n in range(4, 36)]
+        requests = (client.generate("student", p, sampling, rid=uuid4().hex) for p in prompts)
+        return {generation.weight_version for generation in await asyncio.gather(*requests)}
+
+    async def start_load(client: EngineClient) -> asyncio.Task[set[int]]:
+        load = asyncio.create_task(versions_of_many(client))
+        while not client._replicas["student"].all[1].outstanding_tokens:
+            assert not load.done(), "the engine is not used"
+            await asyncio.sleep(0.01)
+        return load
+
+    async def run() -> None:
+        async with EngineClient(endpoints) as client, asyncio.timeout(START_SECONDS):
+            client.require_version("student", version)
+            load = await start_load(client)
+            for url in (victim, student.route):
+                os.kill(leader_at(endpoints.pid, url), signal.SIGKILL)
+            assert await load == {version}
+            counters = client.counters("student")
+            assert counters.connection_failures == counters.retries > 0
+            state = read_fleet_state(live_fleet.directory)
+            while state.incarnations("student") != {survivor: 1, victim: 2}:
+                await asyncio.sleep(0.2)
+                state = read_fleet_state(live_fleet.directory)
+            assert await versions_of_many(client) == {version}
+            await asyncio.to_thread(update_from_disk, endpoints, live_fleet.student, version + 1)
+            client.require_version("student", version + 1)
+            assert await (await start_load(client)) == {version + 1}
+
+    asyncio.run(run())
+    scores = score_once(endpoints.reached_at("student", student.route), "student", ids, 1)
+    expected = reference_logprobs(live_fleet.student, ids)[np.arange(1, 20), np.array(ids)[1:]]
+    np.testing.assert_allclose(scores.logprobs[1:], expected, atol=TOLERANCE)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,11 @@ class Serving:
         return read_endpoints(self.directory)
 
     def wait_for(self, file: Path) -> None:
+        self.wait_until(file.exists)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS
-        while not file.exists():
+        while not condition():
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.05)
@@ -220,8 +223,8 @@ def test_a_command_that_dies_of_a_signal(setup: Setup) -> None:
 
 
 def test_an_engine_that_dies_while_serving(setup: Setup) -> None:
-    """Everything ends, the command too, and the message says which engine and why."""
-    with setup.serve("sleep", "600") as serving:
+    """Without restarts everything ends, the command too, and the message says which and why."""
+    with setup.serve("sleep", "600", overrides=("serving.max_restarts=0",)) as serving:
         endpoints = serving.wait_until_served()
         family = serving.family()
         (setup.model("teacher") / "die_later").touch()
@@ -261,6 +264,22 @@ def test_equal_weights_in_two_folders_are_refused(setup: Setup) -> None:
     with setup.serve() as serving:
         assert serving.wait() == 1
     assert "give equal scores for the probe" in serving.text()
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ("unsteady", "scores the probe differently in a second call"),
+        ("shifted", "scores the probe differently from token 16 on"),
+        ("heeds_temperature", "heeds a temperature of 0.5 where it scores"),
+    ],
+)
+def test_an_engine_that_scores_in_another_way(setup: Setup, fault: str, problem: str) -> None:
+    (setup.model("teacher") / fault).touch()
+    with setup.serve() as serving:
+        assert serving.wait() == 1
+    assert "teacher: http://127.0.0.1:" in serving.text()
+    assert problem in serving.text()
 
 
 def test_one_model_for_both(setup: Setup) -> None:

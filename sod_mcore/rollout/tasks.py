@@ -1,4 +1,4 @@
-"""Coroutines at the same time, of which none outlives the one that waits for them."""
+"""Several coroutines at once, none of which is left behind."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ async def first_of(jobs: Sequence[Coroutine[Any, Any, Result]], count: int) -> l
                 break
         return [task.result() for task in tasks if task.done()][:count]
     finally:
-        await cancel_and_wait(*tasks)
+        await cancel(*tasks)
 
 
-async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
     """End what still runs, and wait for its end."""
     for task in tasks:
         task.cancel()
