@@ -7,16 +7,16 @@ imported.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -25,13 +25,19 @@ from pathlib import Path
 from sod_mcore.config import ConfigError, RolloutConfig
 from sod_mcore.platform.signal_actions import kept_signal_actions
 from sod_mcore.rollout.child_environment import single_process_environment
+from sod_mcore.rollout.daemon_threads import call_in_thread
 from sod_mcore.rollout.local_ray import STOP_SECONDS, kill_session
 from sod_mcore.rollout.open_pool import usable_cpus
 from sod_mcore.rollout.pool import START_TIMEOUT_SECONDS, RolloutError
+from sod_mcore.rollout.ray_driver import MISSES, LostRayError
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LONGEST_FOLDER = 30
 """Characters of a folder in which Ray's sockets get names that the kernel takes (107)."""
+
+_DISCONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 5.0
+"""For a connection to a cluster that was joined."""
 
 
 @contextmanager
@@ -39,20 +45,21 @@ def ray_cluster(rollout: RolloutConfig, run_directory: Path) -> Iterator[Callabl
     """Connect this process to Ray for as long as the context is open.
 
     Yields:
-        a check that raises RolloutError when a Ray of this run has ended.
+        a check that raises LostRayError when Ray is gone; may be called from any thread.
 
     Raises:
         ConfigError: the cluster cannot be joined, or is too small.
         RolloutError: Ray did not start here.
     """
     if rollout.ray_address is not None:
-        with _joined(rollout.ray_address):
+        joined = JoinedRay()
+        with _joined(rollout.ray_address, joined):
             _check_size(rollout)
-            yield lambda: None
+            yield joined.check
         return
     local = LocalRay(run_directory / "ray.log")
     try:
-        with _environment(local.environment), _connected(local.address):
+        with _environment(local.environment), _connected(local.address, local):
             yield local.check
     finally:
         local.close()
@@ -64,7 +71,10 @@ class LocalRay:
     Attributes:
         address: where its clients connect.
         environment: variables that clients need before they import Ray.
+        is_lost: whether a check has found it gone.
     """
+
+    is_lost = False
 
     def __init__(self, log_path: Path) -> None:
         """Start it and wait for its address.
@@ -118,11 +128,12 @@ class LocalRay:
         """Whether it still runs.
 
         Raises:
-            RolloutError: it does not.
+            LostRayError: it does not.
         """
         code = self._process.poll()
         if code is not None:
-            raise RolloutError(
+            self.is_lost = True
+            raise LostRayError(
                 f"the Ray of this run ended with exit code {code}; its log is {self._log_path}"
             )
 
@@ -141,22 +152,59 @@ def _folder_for_sockets() -> str:
     return folder if len(folder) <= _LONGEST_FOLDER else "/tmp"
 
 
+class JoinedRay:
+    """A cluster of others.
+
+    Attributes:
+        address: of the cluster, host:port; known once this process has joined it.
+        is_lost: whether checks have found it gone.
+    """
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.is_lost = False
+        self._num_misses = 0
+
+    def check(self) -> None:
+        """Whether it still answers.
+
+        Raises:
+            LostRayError: it did not, several times in a row.
+        """
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+        except OSError as error:
+            self._num_misses += 1
+            if self._num_misses >= MISSES:
+                self.is_lost = True
+                raise LostRayError(
+                    f"the Ray cluster at {self.address} does not answer any more: {error}"
+                ) from error
+        else:
+            self._num_misses = 0
+
+
 @contextmanager
-def _joined(address: str) -> Iterator[None]:
+def _joined(address: str, joined: JoinedRay) -> Iterator[None]:
+    """This process as a client of a cluster."""
+    import ray
+
     with ExitStack() as stack:
         try:
-            stack.enter_context(_connected(address))
+            stack.enter_context(_connected(address, joined))
         except RolloutError as error:
             raise ConfigError(
                 f"rollout.ray_address is {address}: {error}; start the cluster with this machine "
                 "as one of its nodes (docs/ray.md), or correct the address"
             ) from error
+        joined.address = ray.get_runtime_context().gcs_address
         yield
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[None]:
-    """This process as a client of Ray.
+def _connected(address: str, cluster: LocalRay | JoinedRay) -> Iterator[None]:
+    """This process as a client of Ray; it leaves Ray alone at the end if that is lost.
 
     Raises:
         RolloutError: the connection failed, in Ray's words.
@@ -170,7 +218,8 @@ def _connected(address: str) -> Iterator[None]:
 
     try:
         with kept_signal_actions(STOP_SIGNALS):
-            _in_another_thread(connect)
+            # In the main thread, Ray would set Python's handler of SIGTERM as well.
+            call_in_thread(connect, "ray-connect").result(START_TIMEOUT_SECONDS)
     except TimeoutError as error:
         raise RolloutError(f"Ray did not answer within {START_TIMEOUT_SECONDS:.0f} s") from error
     except (OSError, RayError, RuntimeError, ValueError) as error:
@@ -178,24 +227,12 @@ def _connected(address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with kept_signal_actions(STOP_SIGNALS):
-            ray.shutdown()
-
-
-def _in_another_thread(work: Callable[[], None]) -> None:
-    """In the main thread, Ray would set Python's handler of SIGTERM as well."""
-    outcome: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            outcome.set_exception(error)
+        if cluster.is_lost:
+            # Calls would wait for what is gone, until Ray ends this process after a minute.
+            atexit.unregister(ray.shutdown)
         else:
-            outcome.set_result(None)
-
-    threading.Thread(target=run, name="ray-connect", daemon=True).start()
-    outcome.result(START_TIMEOUT_SECONDS)
+            with kept_signal_actions(STOP_SIGNALS), suppress(TimeoutError):
+                call_in_thread(ray.shutdown, "ray-disconnect").result(_DISCONNECT_SECONDS)
 
 
 @contextmanager

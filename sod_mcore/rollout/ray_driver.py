@@ -14,8 +14,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
+from sod_mcore.rollout.daemon_threads import call_in_thread
 from sod_mcore.rollout.group_batch import GroupBatch
 from sod_mcore.rollout.group_messages import ActorReport, ActorStart, GroupKey, GroupsOrder
 from sod_mcore.rollout.pool import (
@@ -32,9 +34,16 @@ from sod_mcore.serving.counters import ClientCounters, total
 _AGAIN_SECONDS = 1.0
 """Between two tries to put an actor in the place of one that died."""
 
-_WATCH_SECONDS = 1.0
+MISSES = 3
+"""Checks in a row that fail before a cluster counts as lost."""
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
+
+
+class LostRayError(RolloutError):
+    """Ray itself is gone: nothing may be asked of it any more."""
 
 
 class ActorLostError(Exception):
@@ -101,6 +110,11 @@ class _Batch:
     on_progress: Callable[[RolloutProgress], None]
 
 
+async def in_thread(work: Callable[[], Result]) -> Result:
+    """Wait for a call that blocks, for ever if what it asks is gone."""
+    return await asyncio.wrap_future(call_in_thread(work, "ray-call"))
+
+
 class RayDriver:
     """Plays batches on actors.
 
@@ -110,7 +124,8 @@ class RayDriver:
         attempts: times that a group is given to an actor.
         start_timeout_seconds: until an actor, or a successor, has a place and can play.
         on_spans: hears what was done when, from the loop's thread.
-        check_cluster: raises RolloutError when there is nothing to play on any more.
+        check_cluster: raises LostRayError when there is nothing to play on any more.
+        watch_seconds: between two checks.
     """
 
     def __init__(
@@ -122,12 +137,14 @@ class RayDriver:
         start_timeout_seconds: float,
         on_spans: SpanListener = lambda spans: None,
         check_cluster: Callable[[], None] = lambda: None,
+        watch_seconds: float = 1.0,
     ) -> None:
         self._launch = launch
         self._attempts = attempts
         self._start_timeout_seconds = start_timeout_seconds
         self._on_spans = on_spans
         self._check_cluster = check_cluster
+        self._watch_seconds = watch_seconds
         self._counters_of_lost: list[Mapping[str, ClientCounters]] = []
         self._members = [_Member(number) for number in range(num_actors)]
         self._tickets = itertools.count()
@@ -205,6 +222,8 @@ class RayDriver:
     async def close(self) -> None:
         """Give up what is under way, and end the actors."""
         await cancel(*self._tasks)
+        if isinstance(self._failure, LostRayError):
+            return
         handles = [member.handle for member in self._members if member.handle]
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
@@ -286,6 +305,9 @@ class RayDriver:
         Raises:
             RolloutError: none could be started in time.
         """
+        for _ in range(MISSES):  # first: a call to a Ray that is gone stops the whole process
+            await in_thread(self._check_cluster)
+            await asyncio.sleep(self._watch_seconds)
         assert member.handle is not None
         member.handle.kill()
         member.handle = None
@@ -316,7 +338,7 @@ class RayDriver:
                 await asyncio.sleep(_AGAIN_SECONDS)
 
     async def _start(self, member: _Member, timeout_seconds: float) -> None:
-        handle = self._launch(member.number)
+        handle = await in_thread(partial(self._launch, member.number))
         try:
             member.host = await handle.wait_for_place(timeout_seconds)
             start = self._start_state
@@ -331,8 +353,8 @@ class RayDriver:
 
     async def _watch(self) -> None:
         while True:
-            self._check_cluster()
-            await asyncio.sleep(_WATCH_SECONDS)
+            await in_thread(self._check_cluster)
+            await asyncio.sleep(self._watch_seconds)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

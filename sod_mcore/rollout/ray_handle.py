@@ -6,12 +6,14 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sod_mcore.config import ToolsConfig
+from sod_mcore.rollout.daemon_threads import call_in_thread
 from sod_mcore.rollout.group import GroupResult
 from sod_mcore.rollout.group_messages import (
     ActorHost,
@@ -23,7 +25,7 @@ from sod_mcore.rollout.group_messages import (
 from sod_mcore.rollout.pool import PoolSettings, RolloutError
 from sod_mcore.rollout.ray_actor import RolloutActor
 from sod_mcore.rollout.ray_cluster import one_line
-from sod_mcore.rollout.ray_driver import ActorLostError
+from sod_mcore.rollout.ray_driver import ActorLostError, in_thread
 from sod_mcore.timeline import Spans
 from sod_mcore.tools import choose_sandbox_url
 from sod_mcore.trajectory import Trajectory
@@ -66,7 +68,7 @@ class RayHandle:
                 asked = time.monotonic()
                 host: ActorHost = await self._call("host")
         except TimeoutError as error:
-            free = ray.available_resources().get("CPU", 0.0)
+            free = (await in_thread(ray.available_resources)).get("CPU", 0.0)
             raise RolloutError(
                 f"Ray found no node for a rollout actor within {timeout_seconds:.0f} s: it "
                 f"reserves {self._cpus:g} CPUs (rollout.ray_actor_cpus), and {free:g} are free in "
@@ -128,10 +130,10 @@ class RayHandle:
         await self._call("close")
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once; does not wait for that."""
         import ray
 
-        ray.kill(self._actor)
+        call_in_thread(partial(ray.kill, self._actor), "ray-kill")
 
     async def _call_at_once(self, method: str, *arguments: object) -> None:
         try:

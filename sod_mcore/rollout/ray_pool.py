@@ -194,4 +194,4 @@ def _running_loop() -> Iterator[asyncio.AbstractEventLoop]:
         yield loop
     finally:
         loop.call_soon_threadsafe(is_over.set)
-        thread.join()
+        thread.join(_MARGIN_SECONDS)

@@ -48,8 +48,8 @@ class InputEngine:
         requests: bodies of the requests for turns, without their names, in order of arrival.
         scored: the same of those for scores.
         aborted: names of the requests that it was told to end.
-        holds: whether a turn after this text waits for ``release``.
-        held: questions that wait.
+        holds: whether a turn after this text waits, until ``release`` or another answer.
+        held: texts that had to wait.
     """
 
     def __init__(self, holds: Callable[[str], bool] = lambda text: False) -> None:
@@ -82,12 +82,12 @@ class InputEngine:
         text = self._renderer.tokenizer.decode(body["input_ids"])
         if self.holds(text) and not self._is_released.is_set():
             self.held.append(text)
-            await self._wait_for_release(name)
+            await self._wait_for_release(name, text)
         return web.json_response(self._turn(body["input_ids"]))
 
-    async def _wait_for_release(self, name: str) -> None:
+    async def _wait_for_release(self, name: str, text: str) -> None:
         deadline = asyncio.get_running_loop().time() + HELD_SECONDS
-        while not self._is_released.is_set() and name not in self.aborted:
+        while self.holds(text) and not self._is_released.is_set() and name not in self.aborted:
             assert asyncio.get_running_loop().time() < deadline, "nobody released it"
             await asyncio.sleep(0.01)
 

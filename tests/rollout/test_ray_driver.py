@@ -141,6 +141,7 @@ class Stage:
             num_actors=self.num_actors,
             attempts=self.attempts,
             start_timeout_seconds=self.start_timeout_seconds,
+            watch_seconds=0.01,
         )
 
     async def submit(
@@ -326,7 +327,7 @@ def test_the_gate_holds_for_a_successor_too() -> None:
     async def script(driver: RayDriver) -> None:
         await driver.set_gate(False)
         stage.actors[0].die()
-        await until(lambda: len(stage.actors) == 3)
+        await until(lambda: len(stage.actors) == 3 and bool(stage.actors[2].gate))
         await driver.set_gate(True)
         await until(lambda: stage.actors[2].gate[-1])
 
