@@ -188,8 +188,6 @@ class JoinedRay:
 @contextmanager
 def _joined(address: str, joined: JoinedRay) -> Iterator[None]:
     """This process as a client of a cluster."""
-    import ray
-
     with ExitStack() as stack:
         try:
             stack.enter_context(_connected(address, joined))
@@ -198,6 +196,8 @@ def _joined(address: str, joined: JoinedRay) -> Iterator[None]:
                 f"rollout.ray_address is {address}: {error}; start the cluster with this machine "
                 "as one of its nodes (docs/ray.md), or correct the address"
             ) from error
+        import ray
+
         joined.address = ray.get_runtime_context().gcs_address
         yield
 
@@ -209,8 +209,11 @@ def _connected(address: str, cluster: LocalRay | JoinedRay) -> Iterator[None]:
     Raises:
         RolloutError: the connection failed, in Ray's words.
     """
+    hook = sys.excepthook
     import ray
     from ray.exceptions import RayError
+
+    sys.excepthook = hook  # Ray's tells Ray of an error, and waits for it if it is gone
 
     def connect() -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
