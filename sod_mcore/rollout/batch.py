@@ -54,7 +54,8 @@ async def run_batch(
         for prompt in request.prompts
     ]
     wanted = len(groups) - request.spare_prompts
-    finished = await first_of([group.run() for group in groups], wanted)
+    runs = [group.run() for group in groups]
+    finished = await first_of(runs, wanted, lambda group: bool(group.trajectories))
     progress.end()
     return collect_groups(finished, request, recorder.take())
 
