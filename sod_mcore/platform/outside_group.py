@@ -40,7 +40,8 @@ class OutsideGroup:
         address: of this machine, as the other processes reach it; only there it listens.
         world_size: ranks, this one included.
         backend: "nccl" if all ranks have GPUs of their own.
-        timeout_seconds: longest wait for the other ranks, and for one broadcast.
+        join_seconds: longest wait for the other ranks.
+        broadcast_seconds: longest wait until they have one tensor.
     """
 
     def __init__(
@@ -49,14 +50,16 @@ class OutsideGroup:
         address: str,
         world_size: int,
         backend: BackendName,
-        timeout_seconds: float,
+        join_seconds: float,
+        broadcast_seconds: float,
     ) -> None:
         self.name = name
         self.address = address
         self.world_size = world_size
         self.backend = backend
-        self._timeout = timedelta(seconds=timeout_seconds)
-        self._store: dist.TCPStore | None = _listen(address, world_size, self._timeout)
+        self._join_timeout = timedelta(seconds=join_seconds)
+        self._broadcast_timeout = timedelta(seconds=broadcast_seconds)
+        self._store: dist.TCPStore | None = _listen(address, world_size, self._join_timeout)
         self.port = self._store.port
         self._group: Any = None  # torch's stubs lack the methods of a backend
 
@@ -81,9 +84,11 @@ class OutsideGroup:
             raise OutsideGroupError(f"the group {self.name} has been left")
         # No reference to the operations may stay behind, in a traceback for instance: they keep the
         # connections open, and with them ranks that wait for more.
-        works = []
+        works: list[dist.Work] = []
         try:
-            works = [self._group.broadcast(tensor, 0, self._timeout) for tensor in tensors]
+            works = [
+                self._group.broadcast(tensor, 0, self._broadcast_timeout) for tensor in tensors
+            ]
             while works:
                 works.pop(0).wait()
         except RuntimeError as error:
@@ -101,10 +106,10 @@ class OutsideGroup:
         assert self._store is not None, "the group has been left"
         if self.backend == "gloo":
             return dist.ProcessGroupGloo(
-                self._prefixed(self._store), 0, self.world_size, timeout=self._timeout
+                self._prefixed(self._store), 0, self.world_size, timeout=self._join_timeout
             )
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = self._timeout
+        options._timeout = self._broadcast_timeout
         return dist.ProcessGroupNCCL(self._prefixed(self._store), 0, self.world_size, options)
 
     def _prefixed(self, store: dist.Store) -> dist.Store:
