@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource, Trajector
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
+from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.student.backend import choose_backend
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed
@@ -62,7 +64,7 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
         first_step,
         _open_source(config, prompts, pool, reporter, stop) if is_rank_zero else None,
         pool,
-        _open_weight_sync(config, student, endpoints) if is_live else None,
+        _open_weight_sync(config, student, endpoints, stack) if is_live else None,
         prompts.evaluation,
         reporter,
         stop,
@@ -121,9 +123,13 @@ def _open_source(
 
 
 def _open_weight_sync(
-    config: SodConfig, student: Student, endpoints: Endpoints | None
+    config: SodConfig, student: Student, endpoints: Endpoints | None, stack: ExitStack
 ) -> WeightSync:
     assert config.serving is not None
+    groups = None
+    if config.serving.weight_sync == "distributed" and endpoints is not None:
+        timeout = config.serving.request_timeout_seconds
+        groups = stack.enter_context(closing(KeptGroups(endpoints, student.layout.device, timeout)))
     return WeightSync(
         student=student,
         endpoints=endpoints,
@@ -133,4 +139,5 @@ def _open_weight_sync(
         probe_ids=probe_token_ids(student.vocab_size, config.run.seed),
         group=student.layout.world_group,
         teacher_follows=config.averages_weights,
+        groups=groups,
     )

@@ -282,7 +282,8 @@ class EngineClient:
         try:
             answer: dict[str, Any] = orjson.loads(content)
         except orjson.JSONDecodeError as error:
-            raise EngineError(f"{url} did not answer with JSON: {error}", retryable=True) from error
+            message = f"{url} did not answer with JSON: {error}"
+            raise EngineError(message, retryable=True, status=response.status) from error
         return answer
 
     async def _abort(self, endpoints: ModelEndpoints, rid: str) -> None:

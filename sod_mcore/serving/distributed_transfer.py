@@ -28,7 +28,9 @@ class DistributedTransfer:
         """Refuse engines whose folder cannot be read; see :func:`engine_shapes`."""
         engine_shapes(endpoints)
 
-    async def send(self, client: EngineClient, endpoints: ModelEndpoints, version: int) -> None:
+    async def send(
+        self, client: EngineClient, endpoints: ModelEndpoints, version: int, *, flush_cache: bool
+    ) -> None:
         """Give each bucket to every engine before the next one is made.
 
         Raises:
@@ -41,5 +43,5 @@ class DistributedTransfer:
             for bucket in checked_buckets(self.buckets, engine_shapes(endpoints)):
                 await group.broadcast(client, bucket)
             # An empty bucket closes the update: only now has an engine the whole of the version.
-            await group.broadcast(client, [], version, flush_cache=True)
+            await group.broadcast(client, [], version, flush_cache=flush_cache)
         await close_receivers(client, receivers)

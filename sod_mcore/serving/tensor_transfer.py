@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import pickle
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -40,7 +40,9 @@ class TensorTransfer:
         """Refuse engines whose folder cannot be read; see :func:`engine_shapes`."""
         engine_shapes(endpoints)
 
-    async def send(self, client: EngineClient, endpoints: ModelEndpoints, version: int) -> None:
+    async def send(
+        self, client: EngineClient, endpoints: ModelEndpoints, version: int, *, flush_cache: bool
+    ) -> None:
         """Give each bucket to every engine before the next one is made.
 
         Raises:
@@ -51,18 +53,26 @@ class TensorTransfer:
         for bucket in checked_buckets(self.buckets, engine_shapes(endpoints)):
             await _send_to_all(client, receivers, _pickled(bucket))
         # An empty bucket closes the update: only now has an engine the whole of the new version.
-        await _send_to_all(client, receivers, _pickled([]), version)
+        await _send_to_all(client, receivers, _pickled([]), version, flush_cache=flush_cache)
         await close_receivers(client, receivers)
 
 
 async def _send_to_all(
-    client: EngineClient, receivers: Sequence[Receiver], payload: bytes, version: int | None = None
+    client: EngineClient,
+    receivers: Sequence[Receiver],
+    payload: bytes,
+    version: int | None = None,
+    *,
+    flush_cache: bool = False,
 ) -> None:
+    fields: dict[str, bool | str] = {"flush_cache": flush_cache}
+    if version is not None:
+        fields["weight_version"] = str(version)
     await asyncio.gather(
         *(
             client.post_stream(
                 f"{receiver.url}/update_weights_from_tensor",
-                _request_body(payload, receiver.ranks, version),
+                _request_body(fields, payload, receiver.ranks),
             )
             for receiver in receivers
         )
@@ -80,14 +90,10 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if is_view else tensor
 
 
-async def _request_body(payload: bytes, copies: int, version: int | None) -> AsyncIterator[bytes]:
-    """The JSON document, piece by piece: in one piece it would be a third larger than the bucket.
-
-    The cache is emptied once, at the end, when the version is given.
-    """
-    fields: dict[str, bool | str] = {"flush_cache": version is not None}
-    if version is not None:
-        fields["weight_version"] = str(version)
+async def _request_body(
+    fields: Mapping[str, bool | str], payload: bytes, copies: int
+) -> AsyncIterator[bytes]:
+    """The JSON document, piece by piece: the whole would be a third larger than the bucket."""
     yield orjson.dumps(fields).removesuffix(b"}") + b',"serialized_named_tensors":['
     view = memoryview(payload)
     for copy in range(copies):

@@ -36,6 +36,7 @@ class ScriptedEngines:
         refusing: index of the engine that refuses weights.
         accepted_buckets: how many it takes before.
         forgetful: index of the engine that keeps its old version.
+        is_busy: whether requests are in flight, whose part of the cache cannot be emptied.
         session: whether the engines know begin_weight_update and end_weight_update.
         tensor_parallel_sizes: ranks of each engine.
         absent: index of the engine that never answers when it is to join a group.
@@ -51,6 +52,8 @@ class ScriptedEngines:
     refusing: int | None = None
     accepted_buckets: int = 0
     forgetful: int | None = None
+    is_busy: bool = False
+    has_broken_cache: bool = False
     session: bool = True
     is_open: list[bool] = field(default_factory=lambda: [False, False])
     tensor_parallel_sizes: tuple[int, int] = (1, 1)
@@ -74,12 +77,21 @@ class ScriptedEngines:
 
         async def update_from_disk(request: web.Request) -> web.Response:
             body = await request.json()
-            assert body["flush_cache"], "the cache holds what the old weights computed"
+            if body["flush_cache"] and self.mode == "in_place" and self.is_busy:
+                return _refusal("Weights were updated, but the cache was not flushed")
             if self.refusing == index:
                 return _refusal("shapes")
             if self.forgetful != index:
                 self.versions[index] = body["weight_version"]
-            return self._note(index, "update")
+            return self._note(index, "update and flush" if body["flush_cache"] else "update")
+
+        async def flush_cache(request: web.Request) -> web.Response:
+            if self.has_broken_cache:
+                return web.Response(text="Internal Server Error", status=500)
+            if self.is_busy:
+                return web.Response(text="Flush cache failed.\n", status=400)
+            self.calls.append((index, "flush"))
+            return web.Response(text="Cache flushed.\n")
 
         async def update_from_tensor(request: web.Request) -> web.Response:
             if self.session and not self.is_open[index]:
@@ -165,6 +177,7 @@ class ScriptedEngines:
         application.router.add_post("/init_weights_update_group", join_group)
         application.router.add_post("/update_weights_from_distributed", update_from_group)
         application.router.add_post("/destroy_weights_update_group", leave_group)
+        application.router.add_post("/flush_cache", flush_cache)
         application.router.add_post("/continue_generation", proceed)
         application.router.add_post("/generate", generate)
         application.router.add_get("/model_info", model_info)
