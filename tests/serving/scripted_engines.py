@@ -142,6 +142,11 @@ class ScriptedEngines:
                 return _refusal("The group to be destroyed does not exist.")
             return self._note(index, "leave")
 
+        async def follow_script(request: web.Request) -> web.Response:
+            for name, value in (await request.json()).items():
+                setattr(self, name, value)
+            return web.json_response({})
+
         async def begin(request: web.Request) -> web.Response:
             if self.is_open[index]:
                 return _refusal("a weight-update session is already open")
@@ -180,6 +185,7 @@ class ScriptedEngines:
         application.router.add_post("/flush_cache", flush_cache)
         application.router.add_post("/continue_generation", proceed)
         application.router.add_post("/generate", generate)
+        application.router.add_post("/follow_script", follow_script)
         application.router.add_get("/model_info", model_info)
         application.router.add_get("/server_info", server_info)
         if self.session:
