@@ -25,9 +25,9 @@ from sod_mcore.loop.opening import pool_settings
 from sod_mcore.loop.preflight import live_endpoints
 from sod_mcore.loop.run_prompts import read_run_prompts
 from sod_mcore.rollout.pool import RolloutError, RolloutPool
-from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import FleetError
+from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import update_weights
 

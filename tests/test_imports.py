@@ -18,6 +18,7 @@ FOR_ALL = {
     "files",
     "outcome",
     "platform",
+    "timeline",
     "user_functions",
 }
 EVERYTHING = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "slurm": set(),
     "student": {"ops", "algorithm"},
     "tools": set(),
+    "timeline": set(),
     "trajectory": set(),
     "user_functions": set(),
 }  # fmt: skip
@@ -50,7 +52,7 @@ MAY_IMPORT = {
 
 WITHOUT_TORCH = (
     *("config", "config_help", "report", "rewards"),
-    *("slurm.command_line", "tools", "trajectory"),
+    *("slurm.command_line", "timeline", "tools", "trajectory"),
 )
 
 

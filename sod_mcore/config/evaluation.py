@@ -86,3 +86,6 @@ class ReportConfig:
     """Weights & Biases run name; null takes the run folder's."""
     trajectory_rows: NonNegative = 8
     """Sampled trajectories shown each step with d_k, w_k and token counts."""
+    trace_every: NonNegative = 0
+    """Steps of distillation between traces of a step's timeline, RUN/timeline/step_000012.json, for
+    Perfetto; 0 writes none."""

@@ -83,10 +83,26 @@ class ServingConfig:
     same folder share the engines, one after the other."""
     start_timeout_seconds: Seconds = 600.0
     """Longest wait until every engine answers."""
+    max_restarts: NonNegative = 3
+    """Times that an engine or router which dies is started again within restart_window_seconds; one
+    that dies more often ends the run. 0 lets the first death end it."""
+    restart_window_seconds: Seconds = 3600.0
+    """Length of the sliding window in which max_restarts counts."""
+    health_timeout_seconds: Seconds = 120.0
+    """Silence after which an engine that lives is killed and counts as dead. Long, because an
+    engine answers between two batches only, and not while it loads new weights: on a CPU or from a
+    slow disk either may take a minute."""
     request_timeout_seconds: Seconds = 300.0
-    """Longest wait for one answer of an engine."""
+    """Longest time that the engines get for one request."""
+    restart_timeout_seconds: Seconds = 300.0
+    """Longest wait for an engine of a model that has none left. A request that waits does not use
+    up its request_timeout_seconds."""
+    hedge_after_seconds: Seconds | None = None
+    """Wait after which a scoring request goes to a second engine as well, and the first answer
+    counts; null leaves it with the first. Sampling is never hedged: the answer that comes first is
+    more often a short one."""
     max_connections: Positive = 256
-    """Open requests to one router."""
+    """Open requests to one model."""
     weight_sync: Literal["disk", "tensor", "distributed"] = "disk"
     """How new weights reach the student's engines: as a folder in run.directory that every engine
     reads; or without a disk, by value over HTTP, or by broadcast in a process group of rank 0 and

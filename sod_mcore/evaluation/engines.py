@@ -14,7 +14,8 @@ from typing import TypeVar
 from sod_mcore.config import ConfigError, EvalConfig
 from sod_mcore.rollout.pool import RolloutInterruptedError
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
-from sod_mcore.serving.supervisor import POLL_SECONDS, Fleet
+from sod_mcore.serving.server import POLL_SECONDS
+from sod_mcore.serving.supervisor import Fleet
 from sod_mcore.serving.weights import weight_versions
 
 _ANSWER_SECONDS = 10.0
@@ -32,7 +33,7 @@ def with_engines(config: EvalConfig, work: Work[Result], say: Callable[[str], No
 
     Raises:
         ConfigError: the engines of ``serving.directory`` serve another model.
-        FleetError: the model could not be served, or an engine died.
+        FleetError: the model could not be served, or an engine died too often.
         RolloutInterruptedError: a signal came.
     """
     return asyncio.run(_with_engines(config, work, say))

@@ -9,9 +9,9 @@ import numpy as np
 
 from sod_mcore.config import EvaluationConfig, RolloutConfig
 from sod_mcore.evaluation.statistics import Outcomes, average_at_n, pass_at
-from sod_mcore.rollout.batch import RolloutRequest
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.pool import RolloutPool, check_losses
+from sod_mcore.rollout.pool import RolloutInterruptedError, RolloutPool, check_losses
+from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.trajectory import Prompt, Trajectory
 
 
@@ -68,11 +68,15 @@ def evaluate_temperature(
     rollout: RolloutConfig,
     *,
     tools_enabled: bool = True,
+    weight_version: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> EvaluationResult:
     """Sample and check every prompt at one temperature.
 
     Greedy decoding takes one sample a prompt, whatever ``evaluation.samples`` says.
+
+    Args:
+        weight_version: the oldest weights that may sample; None takes any.
 
     Raises:
         RolloutError: the pool failed, missed ``rollout.deadline_seconds`` or dropped too much.
@@ -84,10 +88,15 @@ def evaluate_temperature(
         sampling=Sampling(temperature, evaluation.top_p),
         with_teacher=False,
         tools_enabled=tools_enabled,
+        weight_version=weight_version,
         is_urgent=True,
     )
     ticket = pool.submit(request)
-    batch = pool.collect(ticket, rollout.deadline_seconds, should_stop=should_stop)
+    try:
+        batch = pool.collect(ticket, rollout.deadline_seconds, should_stop=should_stop)
+    except RolloutInterruptedError:
+        pool.cancel(ticket)
+        raise
     check_losses(batch, request, rollout)
     return summarise(batch.trajectories, temperature, batch.num_dropped)
 

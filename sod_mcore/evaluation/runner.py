@@ -16,9 +16,9 @@ from typing import Protocol
 from sod_mcore.config import BenchmarkConfig, RolloutConfig
 from sod_mcore.evaluation.data_sets import DataSet
 from sod_mcore.evaluation.samples import Sample, SampleStore, sample_of
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.pool import RolloutError, Ticket
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.trajectory import Prompt
 
 

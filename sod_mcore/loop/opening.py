@@ -15,12 +15,14 @@ from pathlib import Path
 from sod_mcore.config import SodConfig
 from sod_mcore.data.prompts import PromptSource
 from sod_mcore.loop.ending import Ending
+from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.reporting import Reporter
 from sod_mcore.loop.run_prompts import RunPrompts
 from sod_mcore.loop.session import Session
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource, TrajectorySource
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
+from sod_mcore.report.step_timeline import StepTimeline
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
 from sod_mcore.serving.kept_groups import KeptGroups
@@ -40,9 +42,12 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     is_rank_zero = os.environ.get("RANK", "0") == "0"
     is_live = config.run.replay is None
     endpoints = read_endpoints(config.serving_directory) if is_live and is_rank_zero else None
+    timeline = StepTimeline(directory, trace_every=config.report.trace_every)
     pool = None
     if endpoints is not None:
-        pool = stack.enter_context(RolloutPool(pool_settings(config, prompts.sources)))
+        pool = stack.enter_context(
+            RolloutPool(pool_settings(config, prompts.sources), timeline.add)
+        )
     timeout = timedelta(seconds=config.run.collective_timeout_seconds)
     sizes = check_layout(config.student, int(os.environ["WORLD_SIZE"]))
     stack.enter_context(distributed(sizes, seed=config.run.seed, timeout=timeout))
@@ -50,8 +55,9 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     ending.completed_steps = first_step
     reporter = None
     if is_rank_zero:
-        reporter = stack.enter_context(Reporter.open(config, first_step))
+        reporter = stack.enter_context(Reporter.open(config, first_step, timeline))
         reporter.say(choose_backend(config.student).describe())
+    watch = _open_watch(config) if endpoints is not None else None
     stop = StopRequest(
         Path(config.run.stop_file or directory / "stop"),
         config.run.stop_grace_seconds,
@@ -62,9 +68,10 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
         config,
         student,
         first_step,
-        _open_source(config, prompts, pool, reporter, stop) if is_rank_zero else None,
+        _open_source(config, prompts, pool, watch, reporter, stop) if is_rank_zero else None,
         pool,
-        _open_weight_sync(config, student, endpoints, stack) if is_live else None,
+        watch,
+        _open_weight_sync(config, student, endpoints, watch, stack) if is_live else None,
         prompts.evaluation,
         reporter,
         stop,
@@ -111,6 +118,7 @@ def _open_source(
     config: SodConfig,
     prompts: RunPrompts,
     pool: RolloutPool | None,
+    watch: EngineWatch | None,
     reporter: Reporter | None,
     stop: StopRequest,
 ) -> TrajectorySource:
@@ -119,11 +127,21 @@ def _open_source(
     assert pool is not None
     source = PromptSource(prompts.train, config.run.seed)
     on_progress = reporter.rollout_progress if reporter is not None else None
-    return LiveSource(pool, source, config, stop, on_progress)
+    assert watch is not None
+    return LiveSource(pool, source, config, stop, watch, on_progress)
+
+
+def _open_watch(config: SodConfig) -> EngineWatch:
+    assert config.serving is not None
+    return EngineWatch(config.serving_directory, config.serving.restart_timeout_seconds)
 
 
 def _open_weight_sync(
-    config: SodConfig, student: Student, endpoints: Endpoints | None, stack: ExitStack
+    config: SodConfig,
+    student: Student,
+    endpoints: Endpoints | None,
+    watch: EngineWatch | None,
+    stack: ExitStack,
 ) -> WeightSync:
     assert config.serving is not None
     groups = None
@@ -133,6 +151,7 @@ def _open_weight_sync(
     return WeightSync(
         student=student,
         endpoints=endpoints,
+        watch=watch,
         serving=config.serving,
         tolerance=config.probe_tolerance,
         directory=Path(config.run.directory) / "weights",

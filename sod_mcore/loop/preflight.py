@@ -35,8 +35,8 @@ from sod_mcore.loop.training_examples import make_objective
 from sod_mcore.ops.extension import extension_for
 from sod_mcore.report.metrics import require_wandb
 from sod_mcore.rollout.teacher import teacher_model
-from sod_mcore.serving.client import EngineError
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
+from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.tensor_check import engine_shapes
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import weight_versions

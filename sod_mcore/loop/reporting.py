@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,9 +22,10 @@ from sod_mcore.config import SodConfig
 from sod_mcore.report.metrics import MetricsLog
 from sod_mcore.report.progress import Progress
 from sod_mcore.report.step_outcomes import StepValues, metrics_by_outcome
+from sod_mcore.report.step_timeline import StepTimeline
 from sod_mcore.report.summary import summarise_rollout
 from sod_mcore.report.trajectory_table import describe_trajectory, format_rows, pick_evenly
-from sod_mcore.rollout.batch import RolloutProgress
+from sod_mcore.rollout.request import RolloutProgress
 from sod_mcore.student.student import UpdateResult
 from sod_mcore.trajectory import RecordedBatch
 
@@ -35,15 +35,17 @@ Item = TypeVar("Item")
 class Reporter:
     """Collects the metrics of a step and writes them as one line when the step is over."""
 
-    def __init__(self, log: MetricsLog, config: SodConfig) -> None:
+    def __init__(self, log: MetricsLog, config: SodConfig, timeline: StepTimeline) -> None:
         self._log = log
         self._config = config
         self._metrics: dict[str, Any] = {}
-        self._step_started = time.monotonic()
+        self._num_trajectories = 0
+        self._timeline = timeline
+        self._timeline.begin()
         self._rollout_bar: Progress | None = None
 
     @classmethod
-    def open(cls, config: SodConfig, first_step: int) -> Reporter:
+    def open(cls, config: SodConfig, first_step: int, timeline: StepTimeline) -> Reporter:
         """Open the metrics file; a resumed run keeps the lines up to ``first_step``."""
         log = MetricsLog(
             Path(config.run.directory),
@@ -51,7 +53,7 @@ class Reporter:
             dataclasses.asdict(config),
             first_step=first_step + 1 if first_step > 0 else 0,
         )
-        return cls(log, config)
+        return cls(log, config, timeline)
 
     def note(self, metrics: Mapping[str, float]) -> None:
         """Add metrics to the current line."""
@@ -75,6 +77,7 @@ class Reporter:
         updates: Sequence[UpdateResult],
     ) -> None:
         """Add the training metrics of a step and its table of sampled trajectories."""
+        self._num_trajectories = len(batch.trajectories)
         self.note(summarise_rollout(batch, with_teacher=self._config.needs_teacher))
         if self._config.needs_teacher:
             self.note(_signal_metrics(signals))
@@ -94,12 +97,10 @@ class Reporter:
 
     def end_line(self, step: int) -> None:
         """Write the current line as that of the weights after ``step`` steps."""
-        now = time.monotonic()
-        self.note({"time/step": now - self._step_started})
-        self._step_started = now
+        self.note(self._timeline.end_step(step, self._num_trajectories))
         self._log.log(step, self._metrics)
         self._print_summary(step)
-        self._metrics = {}
+        self._metrics, self._num_trajectories = {}, 0
 
     def end(self, completed_steps: int, steps: int, stop_reason: str | None) -> None:
         """Say how the run ended."""
@@ -115,15 +116,9 @@ class Reporter:
         """Print to standard error, where progress goes as well."""
         print(text, file=sys.stderr, flush=True)
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Book the seconds spent inside under ``time/<phase>``."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            name = f"time/{phase}"
-            self._metrics[name] = self._metrics.get(name, 0.0) + time.monotonic() - started
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """Book the seconds spent inside under ``time/<phase>``, and show them in the timeline."""
+        return self._timeline.phase(phase)
 
     def progress(self, items: Sequence[Item], label: str) -> Iterator[Item]:
         """Iterate over ``items`` with a progress bar."""

@@ -6,6 +6,7 @@ Methods are collective unless they say otherwise: every rank calls them, rank 0 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -21,6 +22,7 @@ from sod_mcore.config import SodConfig
 from sod_mcore.data.plan import Plan
 from sod_mcore.evaluation.evaluate import evaluate_temperature
 from sod_mcore.loop.ending import Ending
+from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.reporting import Reporter
 from sod_mcore.loop.run_prompts import first_of_each_file
 from sod_mcore.loop.stop import StopRequest, StopRequested
@@ -50,6 +52,7 @@ class Session:
         first_step: int,
         source: TrajectorySource | None,
         pool: RolloutPool | None,
+        watch: EngineWatch | None,
         weights: WeightSync | None,
         evaluation_prompts: Sequence[Prompt],
         reporter: Reporter | None,
@@ -61,6 +64,7 @@ class Session:
         self.first_step = first_step
         self._source = source
         self._pool = pool
+        self._watch = watch
         self._weights = weights
         self._evaluation_prompts = tuple(evaluation_prompts)
         self._reporter = reporter
@@ -90,8 +94,7 @@ class Session:
         if self.first_step in (0, self.config.run.steps):
             self.evaluate(self.first_step)
             self._leave_if_stopped()
-            if self._reporter is not None:
-                self._reporter.end_line(self.first_step)
+            self._end_line(self.first_step)
 
     def collect_trajectories(self, step: int) -> RecordedBatch:
         """The scored trajectories of a step, from the pool or from a recorded batch.
@@ -107,11 +110,13 @@ class Session:
                 return source.batch(step, weight_version=step)
             return None
 
-        with self._timed("rollout"):
-            batch = self.on_rank_zero(collect, self._rollout_timeout)
-        self._leave_if_stopped()
-        assert batch is not None
-        return batch
+        while True:
+            with self._timed("rollout"):
+                batch = self.on_rank_zero(collect, self._rollout_timeout)
+            self._leave_if_stopped()
+            if batch is not None:
+                return batch
+            self.publish_weights(step)  # an engine was started again and waits for them
 
     def old_logprobs(self, batch: RecordedBatch, plan: Plan) -> list[NDArray[np.float32]]:
         """The student's log-probs at the start of the step; meaningful on rank 0 only.
@@ -164,8 +169,10 @@ class Session:
         is_between = 0 < step < self.config.run.steps
         count = self.config.evaluation.max_prompts if is_between else None
 
-        def evaluate_at(temperature: float) -> dict[str, float]:
+        def evaluate_at(temperature: float) -> dict[str, float] | None:
             assert self._pool is not None
+            assert self._watch is not None
+            watch = self._watch
             with suppress(RolloutInterruptedError):
                 result = evaluate_temperature(
                     self._pool,
@@ -174,18 +181,24 @@ class Session:
                     self.config.evaluation,
                     self.config.rollout,
                     tools_enabled=self.config.tools.enabled,
-                    should_stop=lambda: self._stop.reason is not None,
+                    weight_version=step,
+                    should_stop=lambda: self._stop.reason is not None or watch.is_weightless(),
                 )
                 return result.metrics()
-            return {}
+            return None
 
         metrics: dict[str, float] = {}
         with self._timed("evaluation"):
             # One at a time: each has the rollout's deadline, and so has the wait of the others.
-            for temperature in self.config.evaluation.temperatures:
-                if self._agree_to_stop() is None:
-                    work = partial(evaluate_at, temperature)
-                    metrics |= self.on_rank_zero(work, self._rollout_timeout)
+            temperatures = deque(self.config.evaluation.temperatures)
+            while temperatures and self._agree_to_stop() is None:
+                work = partial(evaluate_at, temperatures[0])
+                found = self.on_rank_zero(work, self._rollout_timeout)
+                if found is not None:
+                    metrics |= found
+                    temperatures.popleft()
+                elif self._agree_to_stop() is None:
+                    self.publish_weights(step)  # an engine was started again and waits for them
         self._is_evaluation_missing = self._agree_to_stop() is not None
         if self._reporter is not None and not self._is_evaluation_missing:
             self._reporter.evaluation(metrics)
@@ -215,8 +228,7 @@ class Session:
             self.save_checkpoint()
         if is_last or (not should_stop and _is_multiple(completed_steps, config.evaluation.every)):
             self.evaluate(completed_steps)
-        if self._reporter is not None:
-            self._reporter.end_line(completed_steps)
+        self._end_line(completed_steps)
         self._leave_if_stopped()
 
     def finish(self) -> None:
@@ -262,6 +274,13 @@ class Session:
         """``items``, with a progress bar on rank 0; time is booked under ``label``."""
         with self._timed(label):
             yield from self._reporter.progress(items, label) if self._reporter else items
+
+    def _end_line(self, completed_steps: int) -> None:
+        """Write the metrics, with what the pool has done until now (rank 0)."""
+        if self._reporter is not None:
+            if self._pool is not None:
+                self._pool.hear()
+            self._reporter.end_line(completed_steps)
 
     def _note(self, metrics: dict[str, float]) -> None:
         if self._reporter is not None:

@@ -12,10 +12,11 @@ from typing import Protocol
 
 from sod_mcore.config import ConfigError, SodConfig
 from sod_mcore.data.prompts import PromptSource
+from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.stop import StopRequest
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.pool import RolloutError, RolloutPool, Ticket, check_losses
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest
 from sod_mcore.trajectory import RecordedBatch, recorded_batch_path
 
 ProgressCallback = Callable[[RolloutProgress], None]
@@ -42,6 +43,7 @@ class LiveSource:
     prompts: PromptSource
     config: SodConfig
     stop: StopRequest
+    watch: EngineWatch
     on_progress: ProgressCallback | None = None
     tickets: dict[int, Ticket] = field(default_factory=dict)
 
@@ -51,30 +53,32 @@ class LiveSource:
         Raises:
             RolloutError: the pool failed, or lost more trajectories than the limits allow, or a
                 token is older than ``rollout.max_staleness`` allows.
-            RolloutInterruptedError: the run was asked to stop.
+            RolloutInterruptedError: the run was asked to stop, or an engine waits for its weights;
+                the batch goes on, and can be asked for again.
         """
-        self._submit_ahead(step)
+        self._submit_ahead(step, weight_version)
         result = self.pool.collect(
-            self.tickets.pop(step),
+            self.tickets[step],
             self.config.rollout.deadline_seconds,
             self.on_progress,
-            should_stop=lambda: self.stop.reason is not None,
+            should_stop=lambda: self.stop.reason is not None or self.watch.is_weightless(),
         )
-        check_losses(result, self._request(step), self.config.rollout)
+        del self.tickets[step]
+        check_losses(result, self._request(step, weight_version), self.config.rollout)
         batch = RecordedBatch(result.trajectories, step, weight_version, result.num_dropped)
         check_staleness(batch, self.config.rollout.max_staleness)
         if self.config.run.record is not None:
             batch.save(recorded_batch_path(Path(self.config.run.record), step))
         return batch
 
-    def _submit_ahead(self, step: int) -> None:
+    def _submit_ahead(self, step: int, weight_version: int) -> None:
         """Submit ``step`` and those after it whose weights may be the current ones."""
         ahead = min(step + self.config.rollout.max_staleness, self.config.run.steps - 1)
         first = max(self.tickets, default=step - 1) + 1
         for number in range(first, ahead + 1):
-            self.tickets[number] = self.pool.submit(self._request(number))
+            self.tickets[number] = self.pool.submit(self._request(number, weight_version))
 
-    def _request(self, step: int) -> RolloutRequest:
+    def _request(self, step: int, weight_version: int) -> RolloutRequest:
         algorithm, rollout = self.config.algorithm, self.config.rollout
         num_prompts = algorithm.prompts_per_step + rollout.spare_prompts
         return RolloutRequest(
@@ -84,6 +88,7 @@ class LiveSource:
             with_teacher=self.config.needs_teacher,
             tools_enabled=self.config.tools.enabled,
             spare_prompts=rollout.spare_prompts,
+            weight_version=weight_version,
         )
 
 

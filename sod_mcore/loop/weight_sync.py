@@ -5,12 +5,14 @@ A teacher that is an average of the student's weights gets that average in the s
 The weights travel as a Hugging Face folder or as tensors (``serving.weight_sync``). Either way the
 engines report the version and score a fixed probe; the trainer scores the same probe. A difference
 means that the rollouts would come from another model than the one that is trained, so the run
-stops.
+stops. An engine that dies meanwhile does not stop it: the others get the weights, and it does when
+it is there again.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,12 +23,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from sod_mcore.config import ServingConfig
+from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.serving.tensor_transfer import TensorTransfer
-from sod_mcore.serving.weight_transfer import WeightTransfer
+from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError
 from sod_mcore.serving.weights import probe_logprobs, update_weights
 from sod_mcore.student.conversion.export import NamedTensors
 from sod_mcore.student.examples import TrainingExample
@@ -35,10 +39,27 @@ from sod_mcore.student.student import Student
 
 PROBE_TOKENS = 64
 KEPT_VERSIONS = 2
+SEND_ATTEMPTS = 4
+"""Tries of one version, of which all but the first follow the death of an engine."""
+NOTICED_SECONDS = 3.0
+"""After it the fleet has noticed a death, for which it looks every half second."""
 
 
 class WeightMismatchError(RuntimeError):
     """Trainer and engine disagree about the log-probs of the probe."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """How one try to send the weights ended.
+
+    Attributes:
+        difference: the largest one on the probe, nats.
+        problem: what became of an engine that died; None if all is well.
+    """
+
+    difference: float = 0.0
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,7 @@ class WeightSync:
 
     Attributes:
         endpoints: the fleet; None on ranks other than 0.
+        watch: which of its engines are there; None on ranks other than 0.
         tolerance: largest difference on the probe, nats.
         directory: holds the newest versions as Hugging Face folders when they travel by disk.
         probe_ids: int32 ``[n]``, the token ids that engine and trainer both score.
@@ -58,6 +80,7 @@ class WeightSync:
 
     student: Student
     endpoints: Endpoints | None
+    watch: EngineWatch | None
     serving: ServingConfig
     tolerance: float
     directory: Path
@@ -75,46 +98,56 @@ class WeightSync:
         Raises:
             WeightUpdateError: an engine did not take the weights; all engines stay paused.
             WeightMismatchError: that difference exceeds the tolerance.
+            FleetError: no engine was there in time.
         """
         ours = self._trainer_logprobs()
-        self._send(version, averaged=False)
-        difference = on_rank_zero(
-            lambda: self._check_probe(version, ours), self.group, self._engines_timeout
-        )
+        difference = self._send(version, averaged=False, probe=ours)
         if self.teacher_follows:
             self._send(version, averaged=True)
         return difference
 
-    def _send(self, version: int, *, averaged: bool) -> None:
+    def _send(
+        self, version: int, *, averaged: bool, probe: NDArray[np.float32] | None = None
+    ) -> float:
         """The weights to the student's engines, or their average to the teacher's."""
-        if self.serving.weight_sync == "disk":
-            self._send_folder(version, averaged)
-        else:
-            self._send_tensors(version, averaged)
+        send = self._send_folder if self.serving.weight_sync == "disk" else self._send_tensors
+        for attempt in range(1, SEND_ATTEMPTS + 1):
+            sent = send(version, averaged, probe)
+            if sent.problem is None:
+                return sent.difference
+            if attempt == SEND_ATTEMPTS:
+                break
+        raise WeightUpdateError(f"gave up after {SEND_ATTEMPTS} tries: {sent.problem}")
 
-    def _send_folder(self, version: int, averaged: bool) -> None:
+    def _send_folder(
+        self, version: int, averaged: bool, probe: NDArray[np.float32] | None
+    ) -> _Sent:
         folder = self.directory / _folder_name(version, averaged)
         self.student.export_hf(folder, bucket_bytes=self._bucket_bytes, averaged=averaged)
 
-        def load() -> None:
-            self._update_engines(DiskTransfer(folder), version, averaged)
+        def load() -> _Sent:
+            sent = self._update_engines(DiskTransfer(folder), version, averaged, probe)
             self._delete_other_versions(version, averaged)
+            return sent
 
-        on_rank_zero(load, self.group, self._engines_timeout)
+        return on_rank_zero(load, self.group, self._engines_timeout)
 
-    def _send_tensors(self, version: int, averaged: bool) -> None:
+    def _send_tensors(
+        self, version: int, averaged: bool, probe: NDArray[np.float32] | None
+    ) -> _Sent:
         buckets = self.student.hf_tensors(self._bucket_bytes, averaged=averaged)
         if self.student.layout.rank != 0:
             _consume(buckets)
 
-        def load() -> None:
+        def load() -> _Sent:
             try:
-                self._update_engines(self._tensor_transfer(buckets), version, averaged)
+                transfer = self._tensor_transfer(buckets)
+                return self._update_engines(transfer, version, averaged, probe)
             finally:
                 # Gathering is collective: when sending fails, the other ranks are still in it.
                 _consume(buckets)
 
-        on_rank_zero(load, self.group, self._engines_timeout)
+        return on_rank_zero(load, self.group, self._engines_timeout)
 
     def _tensor_transfer(self, buckets: Iterator[NamedTensors]) -> WeightTransfer:
         if self.serving.weight_sync == "tensor":
@@ -129,14 +162,16 @@ class WeightSync:
         Each answer has its own limit, and a failure there is to be told by rank 0, not cut off by
         the timeout of collectives. One after the other come: pause, load, flush, continue, and for
         each engine its version and its probe; one more answer's time is for what is done between
-        them. Sent as tensors, there are for each engine its description and the beginning of its
-        update as well, and a group's forming and farewell; the others wait for one bucket's answers
-        at a time while they gather the next, which run.collective_timeout_seconds bounds.
+        them. Before them stands the wait for an engine that is started again.
+        Sent as tensors, there are for each engine its description and the beginning of its update
+        as well, and a group's forming and farewell; the others wait for one bucket's answers at a
+        time while they gather the next, which run.collective_timeout_seconds bounds.
         """
         models = self.serving.models.values()
         engines = max(len(model.addresses) or model.engines for model in models)
         answers = 5 + 2 * engines if self.serving.weight_sync == "disk" else 7 + 4 * engines
-        return timedelta(seconds=self.serving.request_timeout_seconds * answers)
+        seconds = self.serving.request_timeout_seconds * answers
+        return timedelta(seconds=seconds + self.serving.restart_timeout_seconds)
 
     @property
     def _bucket_bytes(self) -> int:
@@ -150,26 +185,44 @@ class WeightSync:
         values = self.student.compute_logprobs([micro_batch if is_first_replica else []])
         return values[0] if values is not None else None
 
-    def _update_engines(self, transfer: WeightTransfer, version: int, averaged: bool) -> None:
+    def _update_engines(
+        self,
+        transfer: WeightTransfer,
+        version: int,
+        averaged: bool,
+        probe: NDArray[np.float32] | None,
+    ) -> _Sent:
+        """Send the weights to the engines that are there, and compare the probe (rank 0)."""
         assert self.endpoints is not None
+        assert self.watch is not None
         model = "teacher" if averaged else "student"
         timeout = self.serving.request_timeout_seconds
-        update_weights(
-            self.endpoints,
-            model,
-            transfer,
-            version,
-            timeout,
-            # A teacher's scores of one trajectory must all be of the same weights.
-            running_requests="retract" if averaged else self.serving.requests_in_flight,
-            follows_student=self.teacher_follows,
-        )
+        endpoints = self.watch.begin_update(self.endpoints, model)
+        try:
+            update_weights(
+                *(endpoints, model, transfer, version, timeout),
+                # A teacher's scores of one trajectory must all be of the same weights.
+                running_requests="retract" if averaged else self.serving.requests_in_flight,
+                follows_student=self.teacher_follows,
+            )
+            if probe is None:
+                return _Sent()
+            return _Sent(difference=self._check_probe(endpoints, version, probe))
+        except (WeightUpdateError, EngineError) as error:
+            if not self._has_died(error):
+                raise
+            time.sleep(NOTICED_SECONDS)
+            return _Sent(problem=str(error))
 
-    def _check_probe(self, version: int, ours: NDArray[np.float32] | None) -> float:
-        assert self.endpoints is not None
-        assert ours is not None
+    def _has_died(self, error: Exception) -> bool:
+        """Whether an engine failed that may come back: it was not there, or did not answer."""
+        cause = error.__cause__ if isinstance(error, WeightUpdateError) else error
+        gave_no_answer = isinstance(cause, EngineError) and cause.status is None
+        return gave_no_answer and self.serving.max_restarts > 0
+
+    def _check_probe(self, endpoints: Endpoints, version: int, ours: NDArray[np.float32]) -> float:
         timeout = self.serving.request_timeout_seconds
-        theirs = probe_logprobs(self.endpoints, "student", self.probe_ids, timeout)
+        theirs = probe_logprobs(endpoints, "student", self.probe_ids, timeout)
         difference = max(float(np.abs(engine[1:] - ours[1:]).max()) for engine in theirs)
         if not difference <= self.tolerance:
             raise WeightMismatchError(

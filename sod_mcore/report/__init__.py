@@ -3,6 +3,7 @@
 from sod_mcore.report.metrics import MetricsLog, require_wandb
 from sod_mcore.report.plots import plot_run
 from sod_mcore.report.progress import Progress
+from sod_mcore.report.step_timeline import StepTimeline
 from sod_mcore.report.summary import summarise_rollout
 from sod_mcore.report.trajectory_table import (
     TrajectoryRow,
@@ -15,6 +16,7 @@ from sod_mcore.report.trajectory_table import (
 __all__ = [
     "MetricsLog",
     "Progress",
+    "StepTimeline",
     "TrajectoryRow",
     "TurnRow",
     "describe_trajectory",

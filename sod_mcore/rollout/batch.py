@@ -1,10 +1,4 @@
-"""One batch of trajectories: all conversations at once, each scored the moment it ends.
-
-A trajectory that fails for a reason outside the student (an engine, the sandbox, the verifier) is
-tried again from its prompt, then dropped and counted; it never takes the batch down and never
-becomes an observation or a wrong answer. A failing verifier is asked again first, for the same
-trajectory. A trajectory that the teacher cannot score keeps its reward and is marked as unscored by
-NaN. Only a data row that its verifier calls unusable ends the batch: no retry would mend it.
+"""One batch of trajectories: the conversations of all prompts at once.
 
 A batch may ask for more prompts than it needs: the first that are done count, and the conversations
 of the others are ended.
@@ -12,132 +6,14 @@ of the others are ended.
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import logging
-import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
 
-from sod_mcore.rewards import RewardResult
-from sod_mcore.rollout.episode import Sampling
+from sod_mcore.rollout.group import BatchServices, Group, GroupResult
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.slots import Slots
-from sod_mcore.trajectory import Prompt, Trajectory
-
-Result = TypeVar("Result")
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RolloutRequest:
-    """What to sample.
-
-    Attributes:
-        prompts: the prompts; each becomes a group.
-        samples_per_prompt: trajectories of each prompt.
-        sampling: temperature and nucleus.
-        with_teacher: whether the teacher scores each trajectory.
-        tools_enabled: whether tool calls are executed.
-        spare_prompts: prompts more than are needed. When all others are done, those that are not
-            are given up, whichever they are: this leaves out the prompts whose slowest sample is
-            slowest, so the batch leans towards short answers.
-        is_urgent: whether its conversations go before those of batches submitted earlier.
-    """
-
-    prompts: tuple[Prompt, ...]
-    samples_per_prompt: int
-    sampling: Sampling
-    with_teacher: bool = True
-    tools_enabled: bool = True
-    spare_prompts: int = 0
-    is_urgent: bool = False
-
-    @property
-    def num_trajectories(self) -> int:
-        """Trajectories of a whole batch."""
-        return (len(self.prompts) - self.spare_prompts) * self.samples_per_prompt
-
-
-@dataclass(frozen=True)
-class RolloutProgress:
-    """How far a batch is; sent while it runs."""
-
-    finished: int
-    dropped: int
-    total: int
-
-
-@dataclass(frozen=True)
-class RolloutResult:
-    """A finished batch: trajectories in prompt order, samples of a group together.
-
-    Attributes:
-        trajectories: those that were not dropped, of the prompts that count.
-        num_dropped: trajectories of these prompts that were given up after all attempts.
-        num_unscored: those that the teacher was asked to score and could not.
-        num_retries: attempts beyond the first.
-        failures: one line for each kind of failure met, for the log.
-        num_cancelled: trajectories of the prompts that were not waited for.
-    """
-
-    trajectories: tuple[Trajectory, ...]
-    num_dropped: int
-    num_unscored: int
-    num_retries: int
-    failures: tuple[str, ...]
-    num_cancelled: int = 0
-
-
-class UnusableRowError(Exception):
-    """A data row that its verifier cannot judge any answer by; the message says what is wrong."""
-
-
-class EpisodeRunner(Protocol):
-    """Samples one trajectory of a prompt, without reward and scores."""
-
-    async def __call__(self, prompt: Prompt, request: RolloutRequest) -> Trajectory: ...
-
-
-@dataclass(frozen=True)
-class BatchServices:
-    """What a batch calls: sampling, rewarding, teacher scoring.
-
-    Attributes:
-        run_episode: samples one conversation.
-        reward: checks the answer of a finished conversation; raises ValueError where the data row
-            is unusable.
-        score: returns the trajectory with the teacher's scores; raises ``scoring_error`` where the
-            teacher's answer is unusable.
-        scoring_error: the exception type of an unusable score.
-    """
-
-    run_episode: EpisodeRunner
-    reward: Callable[[Prompt, Trajectory], Awaitable[RewardResult]]
-    score: Callable[[Prompt, Trajectory], Awaitable[Trajectory]]
-    scoring_error: type[Exception]
-
-
-@dataclass
-class _Counts:
-    """What happened to the samples of one prompt, or of all."""
-
-    finished: int = 0
-    dropped: int = 0
-    unscored: int = 0
-    retries: int = 0
-    failures: dict[str, None] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The samples of one prompt, all finished or dropped."""
-
-    trajectories: tuple[Trajectory, ...]
-    counts: _Counts
+from sod_mcore.rollout.tasks import first_of
+from sod_mcore.timeline import SpanRecorder, Spans
 
 
 async def run_batch(
@@ -148,6 +24,7 @@ async def run_batch(
     priority: int,
     attempts: int,
     on_progress: Callable[[RolloutProgress], None],
+    recorder: SpanRecorder | None = None,
 ) -> RolloutResult:
     """Sample, reward and score every trajectory of ``request``.
 
@@ -156,159 +33,68 @@ async def run_batch(
         priority: of its conversations, among those that wait for a slot.
         attempts: tries of a trajectory before it is dropped.
         on_progress: called after each trajectory.
+        recorder: takes what was done when; a caller that has one of its own can tell of spans
+            before the batch is done. The result has those that nobody has taken.
+
+    Raises:
+        UnusableRowError: a data row cannot be judged.
     """
-    total = _Counts()
-    num_started = len(request.prompts) * request.samples_per_prompt
-
-    async def one(prompt: Prompt, counts: _Counts) -> Trajectory | None:
-        trajectory = await _sample_and_score(
-            prompt, request, services, partial(slots.hold, priority), attempts, counts
+    recorder = recorder or SpanRecorder()
+    progress = _Progress(request, on_progress)
+    groups = [
+        Group(
+            prompt,
+            request,
+            services,
+            hold_slot=partial(slots.hold, priority),
+            attempts=attempts,
+            recorder=recorder,
+            on_sample=progress.count,
         )
-        for each in (counts, total):
-            each.finished += trajectory is not None
-            each.dropped += trajectory is None
-        on_progress(RolloutProgress(total.finished, total.dropped, num_started))
-        return trajectory
-
-    async def group(prompt: Prompt) -> _Group:
-        counts = _Counts()
-        jobs = [one(prompt, counts) for _ in range(request.samples_per_prompt)]
-        samples = await _all_or_first_error(jobs)
-        return _Group(tuple(t for t in samples if t is not None), counts)
-
-    wanted = len(request.prompts) - request.spare_prompts
-    groups = await _first_of([group(prompt) for prompt in request.prompts], wanted)
-    if request.spare_prompts:
-        on_progress(RolloutProgress(total.finished, total.dropped, total.finished + total.dropped))
-    return _collect(groups, num_cancelled=request.spare_prompts * request.samples_per_prompt)
+        for prompt in request.prompts
+    ]
+    wanted = len(groups) - request.spare_prompts
+    finished = await first_of([group.run() for group in groups], wanted)
+    progress.end()
+    return collect_groups(finished, request, recorder.take())
 
 
-def _collect(groups: Sequence[_Group], num_cancelled: int) -> RolloutResult:
+def collect_groups(
+    groups: Sequence[GroupResult], request: RolloutRequest, spans: Spans
+) -> RolloutResult:
+    """The batch that the finished groups of a request make."""
     return RolloutResult(
         trajectories=tuple(t for group in groups for t in group.trajectories),
-        num_dropped=sum(group.counts.dropped for group in groups),
-        num_unscored=sum(group.counts.unscored for group in groups),
-        num_retries=sum(group.counts.retries for group in groups),
-        failures=tuple(dict.fromkeys(f for group in groups for f in group.counts.failures)),
-        num_cancelled=num_cancelled,
+        num_dropped=sum(group.num_dropped for group in groups),
+        num_unscored=sum(group.num_unscored for group in groups),
+        num_retries=sum(group.num_retries for group in groups),
+        failures=tuple(dict.fromkeys(f for group in groups for f in group.failures)),
+        num_cancelled=request.spare_prompts * request.samples_per_prompt,
+        spans=spans,
     )
 
 
-async def _all_or_first_error(jobs: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Results in order; the first error ends the other jobs and is raised."""
-    return await _first_of(jobs, len(jobs))
+class _Progress:
+    """Counts samples; with spare prompts the total is known only at the end."""
 
+    def __init__(
+        self, request: RolloutRequest, on_progress: Callable[[RolloutProgress], None]
+    ) -> None:
+        self._total = len(request.prompts) * request.samples_per_prompt
+        self._on_progress = on_progress
+        self._finished = 0
+        self._dropped = 0
 
-async def _first_of(jobs: Sequence[Coroutine[Any, Any, Result]], count: int) -> list[Result]:
-    """Results of the first ``count`` jobs to finish, in the order of ``jobs``; the rest are ended.
+    def count(self, is_dropped: bool) -> None:
+        """One more sample is over."""
+        self._dropped += is_dropped
+        self._finished += not is_dropped
+        self._tell(self._total)
 
-    The first error ends all of them and is raised.
-    """
-    tasks = [asyncio.create_task(job) for job in jobs]
-    try:
-        for number_done, earliest in enumerate(asyncio.as_completed(tasks), start=1):
-            await earliest
-            if number_done == count:
-                break
-        return [task.result() for task in tasks if task.done()][:count]
-    finally:
-        await _cancel(*tasks)
+    def end(self) -> None:
+        """No more samples will come."""
+        if self._finished + self._dropped < self._total:
+            self._tell(self._finished + self._dropped)
 
-
-async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    """End what still runs, and wait for its end."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _sample_and_score(
-    prompt: Prompt,
-    request: RolloutRequest,
-    services: BatchServices,
-    hold_slot: Callable[[], AbstractAsyncContextManager[None]],
-    attempts: int,
-    counts: _Counts,
-) -> Trajectory | None:
-    for attempt in range(attempts):
-        counts.retries += attempt > 0
-        try:
-            async with hold_slot():
-                trajectory = await services.run_episode(prompt, request)
-            return await _finish(prompt, trajectory, request, services, attempts, counts)
-        except UnusableRowError:
-            raise
-        except Exception as error:
-            # Whatever broke, the other trajectories of the batch are worth keeping; the caller
-            # stops the run when too many are dropped, and prints these lines then.
-            _note_failure(counts, error)
-    return None
-
-
-async def _finish(
-    prompt: Prompt,
-    trajectory: Trajectory,
-    request: RolloutRequest,
-    services: BatchServices,
-    attempts: int,
-    counts: _Counts,
-) -> Trajectory:
-    """Reward and teacher scores at the same time, while other conversations still run."""
-    scoring = asyncio.create_task(_score(prompt, trajectory, request, services, counts))
-    try:
-        reward = await _reward(prompt, trajectory, services, attempts, counts)
-        scored = await scoring
-    finally:
-        await _cancel(scoring)
-    return dataclasses.replace(
-        scored,
-        reward=reward.reward,
-        is_correct=reward.is_correct,
-        category=reward.category,
-        prediction=reward.prediction,
-        reward_parts=dict(reward.parts),
-    )
-
-
-async def _reward(
-    prompt: Prompt,
-    trajectory: Trajectory,
-    services: BatchServices,
-    attempts: int,
-    counts: _Counts,
-) -> RewardResult:
-    """The verifier's reward; what broke there is tried again before a whole rollout is."""
-    for attempt in range(1, attempts + 1):
-        try:
-            return await services.reward(prompt, trajectory)
-        except ValueError as error:
-            raise UnusableRowError(f"{prompt.prompt_id}: {error}") from error
-        except Exception as error:
-            if attempt == attempts:
-                raise
-            _note_failure(counts, error)
-    raise AssertionError("unreachable: the last try returns or raises")
-
-
-async def _score(
-    prompt: Prompt,
-    trajectory: Trajectory,
-    request: RolloutRequest,
-    services: BatchServices,
-    counts: _Counts,
-) -> Trajectory:
-    if not request.with_teacher:
-        return trajectory
-    try:
-        return await services.score(prompt, trajectory)
-    except services.scoring_error as error:
-        counts.unscored += 1
-        _note_failure(counts, error)
-        return trajectory
-
-
-def _note_failure(counts: _Counts, error: Exception) -> None:
-    line = f"{type(error).__name__}: {error}"
-    if line not in counts.failures:
-        counts.failures[line] = None
-        logger.warning("%s\n%s", line, "".join(traceback.format_exception(error)))
+    def _tell(self, total: int) -> None:
+        self._on_progress(RolloutProgress(self._finished, self._dropped, total))

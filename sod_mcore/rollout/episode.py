@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sod_mcore.chat import ChatRenderer, ParsedTurn, parse_tool_calls
+from sod_mcore.rollout.lanes import Track
 from sod_mcore.rollout.token_recorder import TokenRecorder
-from sod_mcore.serving.client import Generation, SamplingSettings
+from sod_mcore.serving.messages import Generation, SamplingSettings
 from sod_mcore.tools.interface import Tool, ToolResult
 from sod_mcore.trajectory import Message, Prompt, Trajectory
 
@@ -68,12 +69,14 @@ class Episode:
         tools: Mapping[str, Tool],
         *,
         limits: EpisodeLimits,
+        track: Track,
         tools_enabled: bool = True,
     ) -> None:
         self._prompt = prompt
         self._renderer = renderer
         self._tools = tools
         self._limits = limits
+        self._track = track
         self._tools_enabled = tools_enabled
         self._recorder = TokenRecorder(
             renderer.render_prompt(prompt.messages, tool_schemas(tools.values()))
@@ -130,7 +133,8 @@ class Episode:
         if tool is None:
             names = ", ".join(sorted(self._tools))
             return ToolResult(f"Error: no tool named '{call.name}'; there is: {names}", False)
-        return await tool.call(call.arguments)
+        with self._track.span("tool", call.name):
+            return await tool.call(call.arguments)
 
     def _observe(self, text: str) -> str | None:
         """Append the tool's output, unless it would overflow the response budget."""

@@ -2,24 +2,30 @@
 
 The pool is a process of its own (``rollout/worker.py``), so that parsing megabytes of JSON never
 holds up the trainer, and so that Ray actors can take its place without a change here. It is started
-before ``torch.distributed`` and talks over one pipe. It ends by itself when the trainer does: the
-pipe's other end closes.
+before ``torch.distributed`` and talks over one pipe. A thread reads the pipe all the time: the pool
+would stand still if it had something to say while the trainer is busy. It ends by itself when the
+trainer does: the pipe's other end closes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from sod_mcore.config import (
     ChatConfig,
@@ -29,7 +35,8 @@ from sod_mcore.config import (
     TeacherConfig,
     ToolsConfig,
 )
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
+from sod_mcore.timeline import Spans
 
 START_TIMEOUT_SECONDS = 180.0
 CLOSE_TIMEOUT_SECONDS = 10.0
@@ -78,11 +85,19 @@ class BatchOrder:
 
 
 @dataclass(frozen=True)
+class BatchCancel:
+    """A batch that nobody waits for any more."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True)
 class BatchProgress:
-    """How far a batch is."""
+    """How far a batch is, and what was done when since the last message of this kind."""
 
     ticket: Ticket
     progress: RolloutProgress
+    spans: Spans
 
 
 @dataclass(frozen=True)
@@ -118,16 +133,23 @@ class RolloutInterruptedError(Exception):
 class RolloutPool:
     """Handle on the pool process; used by global rank 0 only."""
 
-    def __init__(self, settings: PoolSettings) -> None:
+    def __init__(
+        self, settings: PoolSettings, on_spans: Callable[[Spans], None] = lambda spans: None
+    ) -> None:
         """Start the process and wait until it has reached the engines.
+
+        Args:
+            on_spans: hears what was done when, while batches run and when they are done.
 
         Raises:
             RolloutError: it did not start, with its own words for why.
         """
+        self._on_spans = on_spans
         self._log_path = settings.run_directory / "rollout_pool.log"
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._tickets = itertools.count()
         self._results: dict[Ticket, RolloutResult] = {}
+        self._cancelled: set[Ticket] = set()
         self._gate_replies: deque[GateReply] = deque()
         # Whichever of the two processes is killed, the other one removes it.
         self._temporary = tempfile.TemporaryDirectory(
@@ -146,6 +168,7 @@ class RolloutPool:
                 start_new_session=True,  # Ctrl-C is the trainer's to handle; the pool follows it
             )
         theirs.close()
+        self._inbox = _Inbox(self._connection)
         self._connection.send(settings)
         self._is_ready = False
         self._wait_until(lambda: self._is_ready, START_TIMEOUT_SECONDS, "start")
@@ -185,6 +208,21 @@ class RolloutPool:
             raise RolloutInterruptedError
         return self._results.pop(ticket)
 
+    def cancel(self, ticket: Ticket) -> None:
+        """Give up a batch that was not collected: its conversations are ended."""
+        self._results.pop(ticket, None)
+        self._cancelled.add(ticket)
+        self._send(BatchCancel(ticket))
+
+    def hear(self) -> None:
+        """Take in what the pool has told meanwhile, and do not wait for more.
+
+        Raises:
+            RolloutError: it died.
+        """
+        while self._receive(lambda progress: None, wait_seconds=0.0):
+            pass
+
     def pause(self, timeout_seconds: float = 60.0) -> None:
         """Let no further request reach the engines; returns when none is in flight."""
         self._set_gate(False, timeout_seconds)
@@ -194,13 +232,16 @@ class RolloutPool:
         self._set_gate(True, timeout_seconds)
 
     def close(self) -> None:
-        """End the process: closing the pipe asks it to, a kill follows if it does not."""
-        self._connection.close()
+        """End the process: a message asks it to, a kill follows if it does not."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._connection.send(None)
         try:
             self._process.wait(CLOSE_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._inbox.join()
+        self._connection.close()
         self._temporary.cleanup()
 
     def __enter__(self) -> RolloutPool:
@@ -220,7 +261,7 @@ class RolloutPool:
         self._wait_until(lambda: bool(self._gate_replies), timeout_seconds, action)
         self._gate_replies.popleft()
 
-    def _send(self, message: BatchOrder | GateRequest) -> None:
+    def _send(self, message: BatchOrder | BatchCancel | GateRequest) -> None:
         try:
             self._connection.send(message)
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -246,25 +287,70 @@ class RolloutPool:
                     f"the rollout pool did not {action} within {timeout_seconds:.0f} s; "
                     f"its log is {self._log_path}"
                 )
-            self._receive(on_progress)
+            self._receive(on_progress, wait_seconds=_POLL_SECONDS)
 
-    def _receive(self, on_progress: Callable[[BatchProgress], None]) -> None:
+    def _receive(
+        self, on_progress: Callable[[BatchProgress], None], *, wait_seconds: float
+    ) -> bool:
+        """Take in one message; whether there was one."""
         try:
-            if not self._connection.poll(_POLL_SECONDS):
-                return
-            message = self._connection.recv()
-        except (EOFError, ConnectionResetError) as error:
+            message = self._inbox.next(wait_seconds)
+        except EOFError as error:
             raise self._died() from error
         if isinstance(message, PoolReady):
             self._is_ready = True
         elif isinstance(message, BatchProgress):
+            self._on_spans(message.spans)
             on_progress(message)
         elif isinstance(message, BatchDone):
-            self._results[message.ticket] = message.result
+            self._on_spans(message.result.spans)
+            if message.ticket not in self._cancelled:
+                self._results[message.ticket] = message.result
         elif isinstance(message, GateReply):
             self._gate_replies.append(message)
         elif isinstance(message, PoolFailure):
             raise RolloutError(message.message)
+        return message is not None
+
+
+class _Inbox:
+    """The messages of the pool process, read by a thread."""
+
+    def __init__(self, connection: Connection[Any, Any]) -> None:
+        self._connection = connection
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read, name="rollout-messages", daemon=True)
+        self._thread.start()
+
+    def next(self, wait_seconds: float) -> Any:
+        """The next message, or None if none comes in time.
+
+        Raises:
+            EOFError: the process has ended, and everything that it said was taken.
+        """
+        try:
+            message = self._messages.get(wait_seconds > 0, wait_seconds)
+        except queue.Empty:
+            return None
+        if isinstance(message, _Closed):
+            self._messages.put(message)
+            raise EOFError
+        return message
+
+    def join(self) -> None:
+        """Wait until the process has closed its end."""
+        self._thread.join(CLOSE_TIMEOUT_SECONDS)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._messages.put(self._connection.recv())
+        except (EOFError, OSError):
+            self._messages.put(_Closed())
+
+
+class _Closed:
+    """The pipe's other end is closed."""
 
 
 def check_losses(result: RolloutResult, request: RolloutRequest, config: RolloutConfig) -> None:

@@ -11,14 +11,18 @@ from numpy.typing import NDArray
 
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import RolloutConfig, ToolsConfig
-from sod_mcore.rollout.batch import BatchServices, RolloutRequest
 from sod_mcore.rollout.episode import Episode, EpisodeLimits, tool_schemas
 from sod_mcore.rollout.gate import RequestGate
+from sod_mcore.rollout.group import BatchServices
 from sod_mcore.rollout.judge import open_judge
+from sod_mcore.rollout.lanes import Track
 from sod_mcore.rollout.pool import PoolSettings
+from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.rollout.teacher import TeacherScorer
-from sod_mcore.serving.client import EngineClient, Generation, SamplingSettings
+from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import read_endpoints
+from sod_mcore.serving.messages import Generation, SamplingSettings
+from sod_mcore.serving.replicas import Affinity
 from sod_mcore.serving.scoring import ScoringError
 from sod_mcore.tools import (
     MemoryGroup,
@@ -33,10 +37,21 @@ from sod_mcore.trajectory import Prompt, Trajectory
 
 @dataclass(frozen=True)
 class RolloutServices:
-    """What the pool process works with."""
+    """What the pool process works with.
+
+    Attributes:
+        models_with_weights: models that the trainer sends weights to.
+    """
 
     batch_services: BatchServices
     gate: RequestGate
+    client: EngineClient
+    models_with_weights: tuple[str, ...]
+
+    def require_weights(self, version: int) -> None:
+        """Use the engines that get the trainer's weights only once they have this version."""
+        for model in self.models_with_weights:
+            self.client.require_version(model, version)
 
     async def set_gate(self, is_open: bool) -> None:
         """Let requests through to the engines, or hold them back."""
@@ -46,11 +61,15 @@ class RolloutServices:
 async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> RolloutServices:
     """Connect to the engines and start the sandbox; ``stack`` closes both."""
     endpoints = read_endpoints(settings.serving_directory)
+    gate = RequestGate()
     client = await stack.enter_async_context(
         EngineClient(
             endpoints,
             request_timeout_seconds=settings.serving.request_timeout_seconds,
+            restart_timeout_seconds=settings.serving.restart_timeout_seconds,
+            hedge_after_seconds=settings.serving.hedge_after_seconds,
             max_connections=settings.serving.max_connections,
+            admission=gate.request,
         )
     )
     renderer = ChatRenderer.from_folder(
@@ -66,29 +85,44 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
         stack,
         memory_group,
     )
-    gate = RequestGate()
     limits = _episode_limits(settings.rollout)
 
-    async def generate(input_ids: NDArray[np.int32], sampling: SamplingSettings) -> Generation:
-        async with gate.request():
-            return await client.generate("student", input_ids, sampling, rid=uuid.uuid4().hex)
+    async def run_episode(prompt: Prompt, request: RolloutRequest, track: Track) -> Trajectory:
+        affinity = Affinity(key=uuid.uuid4().hex, group=prompt.prompt_id)
 
-    async def run_episode(prompt: Prompt, request: RolloutRequest) -> Trajectory:
+        async def generate(input_ids: NDArray[np.int32], sampling: SamplingSettings) -> Generation:
+            return await client.generate(
+                "student",
+                input_ids,
+                sampling,
+                rid=uuid.uuid4().hex,
+                affinity=affinity,
+                in_flight=track.span("generate"),
+            )
+
         episode = Episode(
-            prompt, renderer, tools, limits=limits, tools_enabled=request.tools_enabled
+            prompt, renderer, tools, limits=limits, track=track, tools_enabled=request.tools_enabled
         )
-        return await episode.run(generate, request.sampling)
+        try:
+            return await episode.run(generate, request.sampling)
+        finally:
+            client.forget("student", affinity.key)
 
     scorer = TeacherScorer(
         settings.teacher, client, renderer, tool_schemas(tools.values()), settings.teacher_top_k
     )
 
-    async def score_with_teacher(prompt: Prompt, trajectory: Trajectory) -> Trajectory:
-        async with gate.request():
-            return await scorer(prompt, trajectory)
+    async def score_with_teacher(
+        prompt: Prompt, trajectory: Trajectory, track: Track
+    ) -> Trajectory:
+        return await scorer(prompt, trajectory, in_flight=track.span("scoring"))
 
+    averaged = ("teacher",) if settings.teacher.weights == "average" else ()
     return RolloutServices(
-        BatchServices(run_episode, judge, score_with_teacher, ScoringError), gate
+        BatchServices(run_episode, judge, score_with_teacher, ScoringError),
+        gate,
+        client,
+        models_with_weights=("student", *averaged),
     )
 
 

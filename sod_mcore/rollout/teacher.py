@@ -8,6 +8,7 @@ another one; the response, observations included, is the same tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +91,15 @@ class TeacherScorer:
     tool_schemas: Sequence[dict[str, Any]]
     top_k: int
 
-    async def __call__(self, prompt: Prompt, trajectory: Trajectory) -> Trajectory:
+    async def __call__(
+        self,
+        prompt: Prompt,
+        trajectory: Trajectory,
+        in_flight: AbstractContextManager[None] | None = None,
+    ) -> Trajectory:
         """The trajectory with the teacher's log-probs of its response.
+
+        ``in_flight`` is held while the engine is asked.
 
         Raises:
             ScoringError: the answer is about other tokens, or a value is not finite.
@@ -105,6 +113,7 @@ class TeacherScorer:
             np.concatenate([teacher_prompt, response]),
             len(teacher_prompt),
             top_k=self.top_k,
+            in_flight=in_flight,
         )
         placed = behind_prompt(scores, len(teacher_prompt), trajectory.prompt_length)
         return trajectory.with_teacher(placed.logprobs, placed.topk_ids, placed.topk_logprobs)

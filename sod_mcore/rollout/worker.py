@@ -19,9 +19,10 @@ from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sod_mcore.rollout.batch import RolloutProgress, run_batch
+from sod_mcore.rollout.batch import run_batch
 from sod_mcore.rollout.pool import (
     CLOSE_TIMEOUT_SECONDS,
+    BatchCancel,
     BatchDone,
     BatchOrder,
     BatchProgress,
@@ -32,8 +33,10 @@ from sod_mcore.rollout.pool import (
     PoolSettings,
     Ticket,
 )
+from sod_mcore.rollout.request import RolloutProgress
 from sod_mcore.rollout.services import RolloutServices, open_services
 from sod_mcore.rollout.slots import Slots
+from sod_mcore.timeline import SpanRecorder
 
 _PROGRESS_SECONDS = 0.25
 URGENT = -1
@@ -87,6 +90,8 @@ async def _dispatch(
         if isinstance(message, GateRequest):
             await services.set_gate(message.is_open)
             connection.send(GateReply(message.is_open))
+        elif isinstance(message, BatchCancel):
+            batches.cancel(message.ticket)
         else:
             batches.begin(message)
         next_message = asyncio.create_task(messages.get())
@@ -106,7 +111,15 @@ class _Batches:
 
     def begin(self, order: BatchOrder) -> None:
         """Work on a batch beside the others."""
-        self.running.add(asyncio.create_task(self._run(order)))
+        if order.request.weight_version is not None:
+            self._services.require_weights(order.request.weight_version)
+        self.running.add(asyncio.create_task(self._run(order), name=str(order.ticket)))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Give up a batch, if it still runs."""
+        for task in self.running:
+            if task.get_name() == str(ticket):
+                task.cancel()
 
     def forget_finished(self) -> None:
         """Let go of finished batches.
@@ -117,7 +130,8 @@ class _Batches:
         finished = {task for task in self.running if task.done()}
         self.running -= finished
         for task in finished:
-            task.result()
+            if not task.cancelled():
+                task.result()
 
     async def end(self) -> None:
         """Give up what still runs."""
@@ -126,18 +140,22 @@ class _Batches:
         await asyncio.gather(*self.running, return_exceptions=True)
 
     async def _run(self, order: BatchOrder) -> None:
+        recorder = SpanRecorder()
         result = await run_batch(
             order.request,
             self._services.batch_services,
             slots=self._slots,
             priority=URGENT if order.request.is_urgent else order.ticket,
             attempts=self._settings.rollout.attempts,
-            on_progress=_throttled_sender(self._connection, order.ticket),
+            on_progress=_throttled_sender(self._connection, order.ticket, recorder),
+            recorder=recorder,
         )
         self._connection.send(BatchDone(order.ticket, result))
 
 
-def _throttled_sender(connection: Connection, ticket: Ticket) -> Callable[[RolloutProgress], None]:
+def _throttled_sender(
+    connection: Connection, ticket: Ticket, recorder: SpanRecorder
+) -> Callable[[RolloutProgress], None]:
     loop = asyncio.get_running_loop()
     next_time = loop.time()
 
@@ -146,7 +164,7 @@ def _throttled_sender(connection: Connection, ticket: Ticket) -> Callable[[Rollo
         is_done = progress.finished + progress.dropped == progress.total
         if is_done or loop.time() >= next_time:
             next_time = loop.time() + _PROGRESS_SECONDS
-            connection.send(BatchProgress(ticket, progress))
+            connection.send(BatchProgress(ticket, progress, recorder.take()))
 
     return send
 

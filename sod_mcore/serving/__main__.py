@@ -33,7 +33,8 @@ from sod_mcore.outcome import (
 )
 from sod_mcore.serving.children import Child, forward_signal, shell_exit_code
 from sod_mcore.serving.fleet import Endpoints, FleetError, endpoints_path
-from sod_mcore.serving.supervisor import POLL_SECONDS, Fleet
+from sod_mcore.serving.server import POLL_SECONDS
+from sod_mcore.serving.supervisor import Fleet
 
 USAGE = "usage: python -m sod_mcore.serving CONFIG [key=value ...] [-- command ...]"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
@@ -115,7 +116,7 @@ async def _serve(config: SodConfig, serving: ServingConfig, command: Sequence[st
     """Serve until the command or a signal ends it; nothing runs any more on return.
 
     Raises:
-        FleetError: the models could not be served, or an engine died.
+        FleetError: the models could not be served, or an engine died too often.
     """
     directory = config.serving_directory
     signals = _Signals()
@@ -182,7 +183,7 @@ async def _run_command(
     except OSError as error:
         raise FleetError(f"the command cannot be started: {error}") from error
     signals.command = child
-    watch = asyncio.create_task(fleet.watch(ignored=(child,)))
+    watch = asyncio.create_task(fleet.watch())
     try:
         while child.exit_code is None:
             if watch.done():

@@ -16,6 +16,8 @@ from sod_mcore.serving import watchdog
 
 GRACE_SECONDS = 15.0
 """Time that an engine gets between SIGTERM and SIGKILL."""
+KILL_SECONDS = 60.0
+"""How long a killed group may take to go away: the kernel frees an engine's memory first."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,27 @@ class Children:
         self._children.append(child)
         return child
 
-    def dead(self) -> list[Child]:
-        """Children whose leader has ended."""
-        return [child for child in self._children if child.exit_code is not None]
+    def kill(self, child: Child) -> bool:
+        """SIGKILL to what is left of one child's group, which is no longer counted then.
 
-    def forget(self, child: Child) -> None:
-        """End one child's group and no longer count it."""
-        self._end([child])
+        Returns:
+            whether all of it is gone; not even a SIGKILL ends a process that waits for a broken
+            device.
+        """
+        group = child.process.pid
+        if child not in self._children:
+            return True  # its number may be another group's by now
+        deadline = time.monotonic() + KILL_SECONDS
+        while watchdog.live_groups([group]):
+            if time.monotonic() > deadline:
+                return False
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            time.sleep(watchdog.POLL_SECONDS)
+        child.process.wait(timeout=GRACE_SECONDS)
         self._children.remove(child)
-        self._tell_watchdog(f"{child.process.pid} {watchdog.ENDED}\n")
+        self._tell_watchdog(f"{group} {watchdog.ENDED}\n")
+        return True
 
     def stop(self) -> None:
         """SIGTERM to every leader, SIGKILL to what is left of the groups after the grace period."""
@@ -131,14 +145,6 @@ class Children:
         with contextlib.suppress(BrokenPipeError):
             self._watchdog.stdin.write(line.encode())
             self._watchdog.stdin.flush()
-
-
-def wait_for_exit(child: Child, seconds: float) -> int | None:
-    """Exit code of ``child`` if it ends within ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while child.exit_code is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return child.exit_code
 
 
 def shell_exit_code(exit_code: int) -> int:

@@ -34,9 +34,9 @@ class DistributedTransfer:
         """Give each bucket to every engine before the next one is made.
 
         Raises:
-            EngineError: an engine refused or did not answer; its weights may be of two versions.
-            WeightUpdateError: a tensor does not fit the engine, one is missing at the end, or an
-                engine did not join or left.
+            EngineError: an engine refused, is gone or did not answer; its weights may be of two
+                versions.
+            WeightUpdateError: a tensor does not fit the engine, or one is missing at the end.
         """
         receivers = await open_receivers(client, endpoints.engines)
         async with self.groups.group(client, endpoints.name, receivers) as group:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from sod_mcore.platform.outside_group import BackendName, OutsideGroup, address_towards
-from sod_mcore.serving.client import EngineClient, EngineError
+from sod_mcore.serving.client import EngineClient
+from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.receivers import Receiver
 from sod_mcore.serving.tensor_check import Bucket
 from sod_mcore.serving.weight_transfer import WeightUpdateError
@@ -60,7 +61,8 @@ class EngineGroup:
                 their last answers, where it is shorter than JOIN_SECONDS and GRACE_SECONDS.
 
         Raises:
-            WeightUpdateError: one of them did not join.
+            EngineError: one of them did not join.
+            WeightUpdateError: they cannot be in one group.
         """
         offsets = rank_offsets(receivers)
         outside = OutsideGroup(
@@ -94,7 +96,7 @@ class EngineGroup:
         """Load tensors into every engine; with ``version``, they report it from then on.
 
         Raises:
-            WeightUpdateError: an engine did not take them; the group is dissolved.
+            EngineError: an engine did not take them; the group is dissolved.
         """
         tensors = [self._ready(tensor) for _, tensor in bucket]
         request: dict[str, Any] = {
@@ -159,7 +161,8 @@ class EngineGroup:
         """POST a request to each engine, and do rank 0's part meanwhile.
 
         Raises:
-            WeightUpdateError: some side failed; the group is dissolved.
+            EngineError: an engine failed; the group is dissolved.
+            WeightUpdateError: rank 0 alone did; the group is dissolved.
         """
         posts = [
             asyncio.create_task(client.post(f"{receiver.url}/{endpoint}", dict(request)))
@@ -177,7 +180,7 @@ class EngineGroup:
         for task in (dissolving, *posts):
             task.cancel()
         answers = await asyncio.gather(*posts, return_exceptions=True)
-        raise WeightUpdateError(self._blame(endpoint, answers, failed_early, ours.exception()))
+        raise self._blame(endpoint, answers, failed_early, ours.exception())
 
     def _blame(
         self,
@@ -185,20 +188,22 @@ class EngineGroup:
         answers: Sequence[object],
         failed_early: Sequence[bool],
         our_error: BaseException | None,
-    ) -> str:
+    ) -> Exception:
         """What to tell of a failed operation: first of an engine that is gone or does not answer,
         then of the one that failed first, then of those that only noticed."""
-        silent: list[str] = []
-        refused: list[str] = []
-        noticed: list[str] = []
+        silent: list[Exception] = []
+        refused: list[Exception] = []
+        noticed: list[Exception] = []
         for receiver, answer, is_early in zip(self.receivers, answers, failed_early, strict=True):
             if isinstance(answer, asyncio.CancelledError):
                 reason = f" ({our_error})" if our_error is not None else ""
-                silent.append(f"{receiver.url}/{endpoint}: no answer{reason}")
+                message = f"{receiver.url}/{endpoint}: no answer{reason}"
+                silent.append(EngineError(message, retryable=True))
             elif isinstance(answer, EngineError):
                 kind = silent if answer.status is None else refused if is_early else noticed
-                kind.append(str(answer))
-        return [*silent, *refused, *noticed, f"{endpoint}: rank 0: {our_error}"][0]
+                kind.append(answer)
+        ours = WeightUpdateError(f"{endpoint}: rank 0 failed: {our_error}")
+        return [*silent, *refused, *noticed, ours][0]
 
 
 def rank_offsets(receivers: Sequence[Receiver]) -> list[int]:

@@ -6,11 +6,10 @@ trainer, the rollout pool and the evaluation need to know about the processes th
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ class ModelEndpoints:
 
     Attributes:
         name: "student", "teacher" or that of a further teacher.
-        route: base URL for requests: the model's router, or its only engine where none is needed.
-        engines: base URLs of the engines, for what a router does not pass on (weights, aborts).
+        route: base URL for people and other programs: the model's router, or its only engine where
+            none is needed.
+        engines: base URLs of the engines, among which our own client chooses.
         model_path: Hugging Face folder that the engines loaded at their start.
         context_length: longest sequence in tokens, sampled tokens included.
         vocab_size: ids are below this; an engine does not check it and dies of a larger one.
@@ -81,6 +81,14 @@ class Endpoints:
             raise FleetError(f"model {name!r} is not served; served here: {served}")
         return self.models[name]
 
+    def reached_at(self, name: str, url: str) -> Endpoints:
+        """This fleet with one model only, which is reached at ``url`` alone.
+
+        Raises:
+            FleetError: no model of that name is served.
+        """
+        return replace(self, models={name: replace(self.model(name), engines=(url,))})
+
     @property
     def is_stale(self) -> bool:
         """Whether the owner is known to be gone (on another machine that cannot be known)."""
@@ -101,7 +109,7 @@ def endpoints_path(directory: Path) -> Path:
 def write_endpoints(endpoints: Endpoints, directory: Path) -> Path:
     """Write the addresses so that a reader sees either the whole file or none."""
     path = endpoints_path(directory)
-    write_text(path, json.dumps(dataclasses.asdict(endpoints), indent=2))
+    write_text(path, json.dumps(asdict(endpoints), indent=2))
     return path
 
 

@@ -42,7 +42,8 @@ class KeptGroups:
         them are still in it, or else a new one.
 
         Raises:
-            WeightUpdateError: an engine did not join.
+            EngineError: an engine did not join.
+            WeightUpdateError: they cannot be in one group.
         """
         group = await self._intact(client, model, receivers)
         if group is None:

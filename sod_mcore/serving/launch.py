@@ -156,6 +156,18 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+def is_free_port(host: str, port: int) -> bool:
+    """Whether a server could listen on a port now."""
+    with socket.socket() as probe:
+        # As servers do: connections of the one before that are not forgotten yet are no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
 def _cpu_arguments(engine: EngineConfig, folder: ModelFolder) -> list[str]:
     """Flags without a GPU."""
     running = engine.max_running_requests or CPU_RUNNING_REQUESTS

@@ -6,7 +6,6 @@ mixes models, or replicas that hold different weights, would give other numbers.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from sod_mcore.serving.fleet import Endpoints, FleetError
 from sod_mcore.serving.scoring import score
 
 PROBE_LENGTH = 32
+OUTAGE_SECONDS = 5.0
+"""Longest wait for a server that fails: nobody starts it again at this time."""
 
 
 def probe_token_ids(vocab_size: int) -> list[int]:
@@ -79,8 +80,11 @@ def _largest_difference(first: NDArray[np.float32], second: NDArray[np.float32])
 async def _score_at(
     endpoints: Endpoints, name: str, url: str, timeout_seconds: float
 ) -> NDArray[np.float32]:
-    model = dataclasses.replace(endpoints.model(name), route=url)
-    direct = dataclasses.replace(endpoints, models={name: model})
-    async with EngineClient(direct, request_timeout_seconds=timeout_seconds) as client:
-        scores = await score(client, name, probe_token_ids(model.vocab_size), prompt_length=1)
+    ids = probe_token_ids(endpoints.model(name).vocab_size)
+    async with EngineClient(
+        endpoints.reached_at(name, url),
+        request_timeout_seconds=timeout_seconds,
+        restart_timeout_seconds=OUTAGE_SECONDS,
+    ) as client:
+        scores = await score(client, name, ids, prompt_length=1)
     return scores.logprobs[1:]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sod_mcore.serving.client import EngineClient, EngineError
+from sod_mcore.serving.client import EngineClient
+from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.weight_transfer import post_to_all
 
 

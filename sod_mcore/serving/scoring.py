@@ -2,25 +2,27 @@
 
 SGLang scores inputs at temperature 1 whatever the request says. ``logprob_start_len`` is the
 position before the first wanted token, so that the prompt comes from the prefix cache; 0 would
-recompute the whole prompt.
+recompute the whole prompt. All samples of a prompt go to one engine for the same reason.
 
-Likeliest tokens come as base64 arrays, which only an engine itself returns: the router 0.3.2 drops
-request fields that it does not know, and the answer is then nested lists. For K = 32 the arrays are
-375 bytes a token instead of 1007, a tenth of the client's time and two thirds of the engine's.
+Likeliest tokens come as base64 arrays; an engine that does not know the fields which ask for them
+answers with nested lists. For K = 32 the arrays are 375 bytes a token instead of 1007, a tenth of
+the client's time and two thirds of the engine's.
 """
 
 from __future__ import annotations
 
 import base64
-import zlib
+import hashlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sod_mcore.serving.client import EngineClient, TokenIds, check_token_ids
-from sod_mcore.serving.fleet import ModelEndpoints
+from sod_mcore.serving.client import EngineClient
+from sod_mcore.serving.messages import TokenIds, check_token_ids
+from sod_mcore.serving.replicas import Affinity
 
 
 class ScoringError(Exception):
@@ -44,7 +46,12 @@ class Scores:
 
 
 async def score(
-    client: EngineClient, model: str, token_ids: TokenIds, prompt_length: int, top_k: int = 0
+    client: EngineClient,
+    model: str,
+    token_ids: TokenIds,
+    prompt_length: int,
+    top_k: int = 0,
+    in_flight: AbstractContextManager[None] | None = None,
 ) -> Scores:
     """Score ``token_ids[prompt_length:]``, each given all tokens before it.
 
@@ -54,6 +61,7 @@ async def score(
         token_ids: ``[T]`` ids, prompt included.
         prompt_length: leading tokens that need no score, from 1 to T.
         top_k: likeliest tokens returned for each position; 0 for none.
+        in_flight: held while the engine is asked, as by :meth:`EngineClient.post_generate`.
 
     Raises:
         ScoringError: the answer is about other tokens, or a value is not finite.
@@ -81,8 +89,9 @@ async def score(
             "return_flat_raw_top_logprobs": True,
             "return_flat_raw_top_logprobs_b64": True,
         }
-    base_url = _engine_for(endpoints, ids[:prompt_length]) if top_k else None
-    meta = (await client.post_generate(model, request, base_url=base_url))["meta_info"]
+    affinity = _prompt_affinity(ids[:prompt_length])
+    answer = await client.post_generate(model, request, affinity=affinity, in_flight=in_flight)
+    meta = answer["meta_info"]
     try:
         logprobs = _read_logprobs(meta, ids[prompt_length - 1 :], endpoints.vocab_size)
         candidates = _read_candidates(meta, len(logprobs), top_k) if top_k else None
@@ -95,9 +104,10 @@ Candidates = tuple[NDArray[np.int32], NDArray[np.float32]]
 """Ids and log-probs ``[N, K]`` of the likeliest tokens."""
 
 
-def _engine_for(endpoints: ModelEndpoints, prompt_ids: NDArray[np.int32]) -> str:
-    """The same engine for all samples of a prompt, which it then has in its prefix cache."""
-    return endpoints.engines[zlib.crc32(prompt_ids.tobytes()) % len(endpoints.engines)]
+def _prompt_affinity(prompt_ids: NDArray[np.int32]) -> Affinity:
+    """The same for all samples of a prompt."""
+    digest = hashlib.blake2b(prompt_ids.tobytes(), digest_size=16).hexdigest()
+    return Affinity(f"scoring {digest}")
 
 
 def _read_logprobs(

@@ -1,10 +1,9 @@
-"""Starts a fleet, shows that its routes are right, watches it, and stops it without a trace."""
+"""Starts a fleet, shows that its routes are right, keeps it alive, and stops it without a trace."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,8 +15,7 @@ import aiohttp
 
 from sod_mcore.config import ConfigError, EngineConfig, ServingConfig, serving_field
 from sod_mcore.serving import launch, probe
-from sod_mcore.serving.children import Child, Children, wait_for_exit
-from sod_mcore.serving.client import EngineError
+from sod_mcore.serving.children import Children
 from sod_mcore.serving.fleet import (
     Endpoints,
     FleetError,
@@ -27,14 +25,17 @@ from sod_mcore.serving.fleet import (
     read_endpoints,
     write_endpoints,
 )
+from sod_mcore.serving.fleet_state import FleetStateFile
 from sod_mcore.serving.front_door import FrontDoor
+from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.model_folder import ModelFolder, read_model_folder
 from sod_mcore.serving.scoring import ScoringError
-
-START_ATTEMPTS = 3
-"""Starts of one process whose port was taken by somebody else in the meantime."""
-POLL_SECONDS = 0.5
-PORT_LOST = re.compile(r"address already in use|port is already in use", re.IGNORECASE)
+from sod_mcore.serving.server import (
+    Server,
+    ServerSpec,
+    answer_status,
+    until_ready,
+)
 
 Result = TypeVar("Result")
 
@@ -44,7 +45,8 @@ class Fleet:
 
     Args:
         serving: what to serve.
-        directory: receives ``serving/*.log`` and ``serving/endpoints.json``.
+        directory: receives ``serving/*.log``, ``serving/endpoints.json`` and
+            ``serving/state.json``.
         say: receives one line of progress at a time.
     """
 
@@ -57,6 +59,8 @@ class Fleet:
         self._device = launch.resolve_device(serving.device)
         self._front_door: FrontDoor | None = None
         self._is_ready = False
+        self._servers: list[Server] = []
+        self._states = FleetStateFile(directory)
         self.children = Children()
 
     async def start(self) -> Endpoints:
@@ -104,23 +108,21 @@ class Fleet:
         self._is_ready = True
         return endpoints
 
-    async def watch(self, ignored: Sequence[Child] = ()) -> None:
-        """Return never; wait for a death.
+    async def watch(self) -> None:
+        """Start again what dies; return never.
 
         Raises:
-            FleetError: one of the processes has ended.
+            FleetError: an engine or router has died too often.
         """
-        while True:
-            for child in self.children.dead():
-                if child not in ignored:
-                    raise FleetError(_death(child))
-            await asyncio.sleep(POLL_SECONDS)
+        await _all_or_first_error([server.keep() for server in self._servers])
+        await asyncio.Event().wait()  # nothing here is ours
 
     async def stop(self) -> None:
         """Remove the addresses and end every process."""
         if self._is_ready:
             endpoints_path(self._directory).unlink(missing_ok=True)
             self._is_ready = False
+        self._states.remove()
         if self._front_door is not None:
             await self._front_door.stop()
         self.children.stop()
@@ -144,7 +146,7 @@ class Fleet:
         if engine.addresses:
             urls = [address.rstrip("/") for address in engine.addresses]
             self._say(f"{name}: waiting for {', '.join(urls)}")
-            await _all_or_first_error([self._until_ready(f"{url}/health") for url in urls])
+            await _all_or_first_error([until_ready(f"{url}/health") for url in urls])
         else:
             self._say(
                 f"{name}: starting {engine.engines} engine(s) on {self._device} "
@@ -177,7 +179,10 @@ class Fleet:
             return launch.engine_command(self._serving, engine, folder, place, port)
 
         environment = launch.engine_environment(engine, place)
-        return await self._start_server(f"{name}_engine_{index}", command, "/health", environment)
+        log_path = self._log_path(f"{name}_engine_{index}")
+        return await self._start_server(
+            ServerSpec(f"{name}_engine_{index}", name, "engine", command, environment, log_path)
+        )
 
     async def _start_router(self, name: str, engine_urls: Sequence[str]) -> str:
         def command(port: int) -> list[str]:
@@ -186,44 +191,18 @@ class Fleet:
                 self._serving, engine_urls, port=port, prometheus_port=prometheus_port
             )
 
-        return await self._start_server(f"{name}_router", command, "/readiness")
+        log_path = self._log_path(f"{name}_router")
+        return await self._start_server(
+            ServerSpec(f"{name}_router", name, "router", command, None, log_path)
+        )
 
-    async def _start_server(
-        self,
-        name: str,
-        command: Callable[[int], list[str]],
-        ready_path: str,
-        environment: dict[str, str] | None = None,
-    ) -> str:
-        """Start a server on a free port, again if the port is lost; returns its base URL."""
-        log_path = self._directory / "serving" / f"{name}.log"
-        for attempt in range(1, START_ATTEMPTS + 1):
-            port = launch.free_port(self._serving.host)
-            try:
-                child = self.children.start(
-                    name, command(port), environment=environment, log_path=log_path
-                )
-            except OSError as error:
-                raise FleetError(
-                    f"serving.python is {self._serving.python!r}, which cannot be started: {error}"
-                ) from error
-            url = f"http://{self._serving.host}:{port}"
-            if await self._until_ready(url + ready_path, child):
-                return url
-            if attempt == START_ATTEMPTS or not PORT_LOST.search(child.log_tail(lines=100)):
-                raise FleetError(_death(child))
-            self._say(f"{name}: port {port} was taken meanwhile; starting again on another")
-            self.children.forget(child)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+    async def _start_server(self, spec: ServerSpec) -> str:
+        server = Server(spec, self._serving, self.children, self._states, self._say)
+        self._servers.append(server)
+        return await server.start()
 
-    async def _until_ready(self, url: str, child: Child | None = None) -> bool:
-        """Wait until ``url`` answers 200; False if ``child`` ends before."""
-        async with aiohttp.ClientSession() as session:
-            while child is None or child.exit_code is None:
-                if await _answers(session, url):
-                    return True
-                await asyncio.sleep(POLL_SECONDS)
-        return False
+    def _log_path(self, name: str) -> Path:
+        return self._directory / "serving" / f"{name}.log"
 
     async def _context_length(self, engine_url: str) -> int:
         """What the engine itself says; it may be shorter than the model's own."""
@@ -263,30 +242,13 @@ class Fleet:
         )
 
 
-def _death(child: Child) -> str:
-    exit_code = wait_for_exit(child, 1.0)
-    return (
-        f"{child.name} ended with exit code {exit_code}; the last lines of {child.log_path}:\n"
-        f"{child.log_tail()}"
-    )
-
-
-async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
-    timeout = aiohttp.ClientTimeout(total=30, sock_connect=2)
-    try:
-        async with session.get(url, timeout=timeout) as response:
-            return response.status == 200
-    except (aiohttp.ClientError, TimeoutError, ConnectionError):
-        return False
-
-
 async def _front_door_answers(endpoints: Endpoints) -> bool:
     """Whether a fleet of another machine is there; one on its own loopback counts as being so."""
     host = urlsplit(endpoints.front_door).hostname or ""
     if host == "localhost" or host.startswith("127."):
         return True
     async with aiohttp.ClientSession() as session:
-        return await _answers(session, f"{endpoints.front_door}/health")
+        return await answer_status(session, f"{endpoints.front_door}/health", 30.0) == 200
 
 
 async def _all_or_first_error(pending: Sequence[Awaitable[Result]]) -> list[Result]:

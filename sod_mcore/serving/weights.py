@@ -9,14 +9,15 @@ numbers travel is a :class:`WeightTransfer`: ``disk_transfer``, ``tensor_transfe
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sod_mcore.serving.client import EngineClient, EngineError, TokenIds, parse_weight_version
+from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.messages import TokenIds, parse_weight_version
 from sod_mcore.serving.scoring import score
 from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError, post_to_all
 
@@ -28,6 +29,9 @@ FLUSHED, NOT_IDLE = 200, 400
 
 RunningRequests = Literal["retract", "in_place", "abort"]
 """What becomes of requests that an update interrupts: SGLang's modes of ``/pause_generation``."""
+OUTAGE_SECONDS = 5.0
+"""Longest wait for an engine that fails meanwhile: when it is started again, it holds other weights
+than those that are asked about."""
 
 
 def update_weights(
@@ -103,9 +107,7 @@ def probe_logprobs(
     async def score_all() -> NDArray[np.float32]:
         rows = []
         for url in endpoints.model(model).engines:
-            direct = dataclasses.replace(endpoints.model(model), route=url)
-            alone = dataclasses.replace(endpoints, models={model: direct})
-            async with _client(alone, timeout) as client:
+            async with _client(endpoints.reached_at(model, url), timeout) as client:
                 rows.append((await score(client, model, token_ids, prompt_length=1)).logprobs)
         return np.stack(rows)
 
@@ -159,4 +161,9 @@ async def _reported_version(client: EngineClient, url: str) -> int:
 
 
 def _client(endpoints: Endpoints, timeout: float) -> EngineClient:
-    return EngineClient(endpoints, request_timeout_seconds=timeout, keep_alive=False)
+    return EngineClient(
+        endpoints,
+        request_timeout_seconds=timeout,
+        restart_timeout_seconds=OUTAGE_SECONDS,
+        keep_alive=False,
+    )

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sod_mcore.evaluation.data_sets import DataSet
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError, Ticket
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.trajectory import Prompt, Trajectory
 

@@ -11,6 +11,7 @@ FOLDER holds ``model``, ``without_norm`` (the same, but for the tensor that come
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -26,8 +27,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from sod_mcore.config import EngineConfig, OptimizerConfig, ServingConfig, StudentConfig
+from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+from sod_mcore.serving.fleet_state import FleetStateFile
 from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.student.model_config import check_layout
@@ -71,19 +74,23 @@ class Publisher:
         way: str,
         bucket_mb: int = BUCKET_MB,
         engine_folder: str = "model",
-        further_engines: tuple[str, ...] = (),
+        engines: tuple[str, ...] = (),
+        watch: EngineWatch | None = None,
+        max_restarts: int = 0,
     ) -> float:
-        """One sync."""
+        """One sync, with ``engines`` in the place of all."""
         is_rank_zero = self.student.layout.rank == 0
         serving = ServingConfig(
             student=EngineConfig(model_path=str(self.folder / "model")),
             weight_sync=way,  # type: ignore[arg-type]
             weight_bucket_mb=bucket_mb,
             request_timeout_seconds=60.0,
+            max_restarts=max_restarts,
         )
         sync = WeightSync(
             student=self.student,
-            endpoints=self.fleet(engine_folder, further_engines) if is_rank_zero else None,
+            endpoints=self.fleet(engine_folder, engines) if is_rank_zero else None,
+            watch=watch or EngineWatch(self.folder / "no_fleet", 0.0),
             serving=serving,
             tolerance=np.inf,  # the engines make up their scores
             directory=self.folder / "weights",
@@ -101,9 +108,9 @@ class Publisher:
         finally:
             self._script({"dying": None})
 
-    def fleet(self, engine_folder: str, further_engines: tuple[str, ...]) -> Endpoints:
+    def fleet(self, engine_folder: str, engines: tuple[str, ...] = ()) -> Endpoints:
         """The engines, as if they had been started from ``engine_folder``."""
-        engines = (*self.urls, *further_engines)
+        engines = engines or self.urls
         vocab_size = self.student.vocab_size
         path = str(self.folder / engine_folder)
         model = ModelEndpoints("student", engines[0], engines, path, 512, vocab_size)
@@ -119,39 +126,71 @@ class Publisher:
 def work_off(folder: Path, student: Student) -> dict[str, float | str]:
     """The results of this rank by name."""
     urls = tuple(json.loads((folder / "urls.json").read_text()))
-    publisher = Publisher(folder, student, urls, None)
-    publish = publisher.publish
+    publisher = Publisher(folder, student, urls, groups=None)
+    if student.layout.rank != 0:
+        return work_off_ways(publisher)
+    groups = KeptGroups(publisher.fleet("model"), student.layout.device, 60.0)
+    with contextlib.closing(groups):
+        return work_off_ways(dataclasses.replace(publisher, groups=groups))
+
+
+def work_off_ways(publisher: Publisher) -> dict[str, float | str]:
+    """Every way, and what may go wrong."""
+    publish, urls = publisher.publish, publisher.urls
+    world, names = dist.group.WORLD, dict(distributed_c10d._world.pg_names)
     publish(1, "tensor")  # what is allocated once and for all
     results: dict[str, float | str] = {
         "disk": peak_growth_bytes(lambda: publish(2, "disk")),
         "tensor": peak_growth_bytes(lambda: publish(3, "tensor")),
         "tensor in one bucket": peak_growth_bytes(lambda: publish(4, "tensor", WHOLE_MODEL_MB)),
-        "engine gone": failure(lambda: publish(5, "tensor", further_engines=(CLOSED_PORT,))),
+        "engine gone": failure(lambda: publish(5, "tensor", engines=(*urls, CLOSED_PORT))),
         "last tensor refused": failure(lambda: publish(6, "tensor", engine_folder="without_norm")),
     }
     publish(7, "tensor")
-    return {**results, **broadcast(publisher)}
-
-
-def broadcast(publisher: Publisher) -> dict[str, float | str]:
-    """The results of the way by process group; rank 0 keeps one as a run does."""
-    student = publisher.student
-    groups = KeptGroups(publisher.fleet("model", ()), student.layout.device, 60.0)
-    if student.layout.rank == 0:
-        publisher = dataclasses.replace(publisher, groups=groups)
-    world, names = dist.group.WORLD, dict(distributed_c10d._world.pg_names)
-    publisher.publish(8, "distributed")
-    results: dict[str, float | str] = {
-        "distributed": peak_growth_bytes(lambda: publisher.publish(9, "distributed")),
-        "engine died": failure(lambda: publisher.publish_with_a_death(10)),
-    }
-    publisher.publish(11, "distributed")
-    groups.close()
+    publish(8, "distributed")
+    results["distributed"] = peak_growth_bytes(lambda: publish(9, "distributed"))
+    results["died in a broadcast"] = failure(lambda: publisher.publish_with_a_death(10))
+    publish(11, "distributed")
+    for way in ("disk", "tensor", "distributed"):
+        watch = WatchOfADeath(publisher.folder / f"dying_{way}", urls)
+        publish(20, way, engines=watch.urls, watch=watch, max_restarts=1)
+        results[f"{way}: updates begun"] = watch.begun
+        results[f"{way}: weightless after the update"] = watch.is_weightless()
+        watch.revive()
+        results[f"{way}: weightless after the restart"] = watch.is_weightless()
+    publish(21, "distributed")
     total = torch.ones(1)
     dist.all_reduce(total)
     is_same = dist.group.WORLD is world and distributed_c10d._world.pg_names == names
     results["own groups"] = f"{is_same}, {total.item():g} ranks"
     return results
+
+
+class WatchOfADeath(EngineWatch):
+    """Of two engines, the second is found dead only after the first update has begun.
+
+    Attributes:
+        urls: their addresses.
+        begun: updates begun so far.
+    """
+
+    def __init__(self, directory: Path, urls: tuple[str, ...]) -> None:
+        super().__init__(directory, patience_seconds=0.0)
+        self.urls = (urls[0], CLOSED_PORT)
+        self.begun = 0
+        self._file = FleetStateFile(directory)
+        for name, url in zip(("first", "second"), self.urls, strict=True):
+            self._file.record(name, "student", "engine", url, "ready", 0)
+
+    def begin_update(self, endpoints: Endpoints, model: str) -> Endpoints:
+        ready = super().begin_update(endpoints, model)
+        self.begun += 1
+        self._file.record("second", "student", "engine", CLOSED_PORT, "restarting", 0)
+        return ready
+
+    def revive(self) -> None:
+        """The dead engine is there again."""
+        self._file.record("second", "student", "engine", CLOSED_PORT, "ready", 1)
 
 
 def failure(sync: Callable[[], float]) -> str:

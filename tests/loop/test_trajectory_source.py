@@ -13,10 +13,11 @@ from pydantic import TypeAdapter
 
 from sod_mcore.config import SodConfig
 from sod_mcore.data.prompts import PromptSource
+from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource
-from sod_mcore.rollout.batch import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.pool import RolloutError, RolloutPool, Ticket
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.trajectory import Prompt, Trajectory
 
@@ -68,7 +69,8 @@ def live_source(pool: VersionedPool, folder: Path, **rollout: int) -> LiveSource
     source = PromptSource(PROMPTS, seed=1)
     # A StopRequest proper takes the signals of the process.
     stop = cast(StopRequest, SimpleNamespace(reason=None))
-    return LiveSource(cast(RolloutPool, pool), source, config, stop)
+    watch = EngineWatch(folder / "no_fleet", patience_seconds=0.0)
+    return LiveSource(cast(RolloutPool, pool), source, config, stop, watch)
 
 
 def run_steps(source: LiveSource, pool: VersionedPool, first_step: int = 0) -> list[list[str]]:

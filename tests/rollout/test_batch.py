@@ -8,16 +8,12 @@ import pytest
 
 from sod_mcore.config import RolloutConfig
 from sod_mcore.rewards import RewardResult
-from sod_mcore.rollout.batch import (
-    BatchServices,
-    RolloutProgress,
-    RolloutRequest,
-    RolloutResult,
-    UnusableRowError,
-    run_batch,
-)
+from sod_mcore.rollout.batch import run_batch
 from sod_mcore.rollout.episode import Sampling
+from sod_mcore.rollout.group import BatchServices, UnusableRowError
+from sod_mcore.rollout.lanes import Track
 from sod_mcore.rollout.pool import RolloutError, check_losses
+from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.slots import Slots
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.tools.interface import InfrastructureError
@@ -53,7 +49,7 @@ class Services:
         self.reward_errors: list[Exception] = []
         self.ended: dict[str, float] = {}
 
-    async def episode(self, prompt: Prompt, request: RolloutRequest) -> Trajectory:
+    async def episode(self, prompt: Prompt, request: RolloutRequest, track: Track) -> Trajectory:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -71,7 +67,7 @@ class Services:
             raise self.reward_errors.pop()
         return RewardResult(1.0, "right", "4", {"answer": 1.0})
 
-    async def score(self, prompt: Prompt, trajectory: Trajectory) -> Trajectory:
+    async def score(self, prompt: Prompt, trajectory: Trajectory, track: Track) -> Trajectory:
         self.scoring_started[trajectory.group_id] = time.monotonic()
         self.scoring_running += 1
         try:

@@ -8,7 +8,9 @@ import numpy as np
 
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.rollout.episode import TOOL_UNAVAILABLE, Episode, EpisodeLimits, Sampling
-from sod_mcore.serving.client import Generation, SamplingSettings
+from sod_mcore.rollout.lanes import Lanes, Track
+from sod_mcore.serving.messages import Generation, SamplingSettings
+from sod_mcore.timeline import SpanRecorder
 from sod_mcore.tools.interface import ToolResult
 from sod_mcore.trajectory import Prompt, Trajectory
 
@@ -68,7 +70,12 @@ def encode(text: str, *more: int) -> np.ndarray:
     return np.array([*map(ord, text), *more], np.int32)
 
 
-def play(model: ScriptedModel, tools_enabled: bool = True, **limits: Any) -> Trajectory:
+def play(
+    model: ScriptedModel,
+    tools_enabled: bool = True,
+    recorder: SpanRecorder | None = None,
+    **limits: Any,
+) -> Trajectory:
     settings = {"max_turns": 4, "max_response_tokens": 1000, "max_turn_tokens": None} | limits
     settings.setdefault("malformed_call", "observe")
     episode = Episode(
@@ -76,6 +83,7 @@ def play(model: ScriptedModel, tools_enabled: bool = True, **limits: Any) -> Tra
         cast(ChatRenderer, CharacterRenderer()),
         {"code_interpreter": Calculator()},
         limits=EpisodeLimits(**settings),
+        track=Track(recorder or SpanRecorder(), Lanes(), 5, "p0"),
         tools_enabled=tools_enabled,
     )
     return asyncio.run(episode.run(model, Sampling(1.0, 1.0)))
@@ -150,3 +158,11 @@ def test_a_disabled_tool_says_so() -> None:
     trajectory = play(model, tools_enabled=False)
     assert TOOL_UNAVAILABLE in model.inputs[1]
     assert trajectory.tool_succeeded == (False,)
+
+
+def test_each_executed_call_is_a_span_under_the_tools_name() -> None:
+    recorder = SpanRecorder()
+    unknown = CALL.replace("code_interpreter", "browser")
+    play(ScriptedModel(CALL, unknown, CALL, "four"), recorder=recorder)
+    spans = [(span.kind, span.lane, span.label) for span in recorder.take()]
+    assert spans == [("tool", 5, "code_interpreter")] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from sod_mcore.rollout.teacher import (
 )
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+from sod_mcore.serving.replicas import Affinity
 from sod_mcore.serving.scoring import Scores
 from sod_mcore.tools import code_interpreter_schema
 from sod_mcore.trajectory import Prompt, Trajectory
@@ -107,7 +109,12 @@ class FakeClient:
         self.requests: list[dict[str, Any]] = []
 
     async def post_generate(
-        self, model: str, request: dict[str, Any], *, base_url: str | None = None
+        self,
+        model: str,
+        request: dict[str, Any],
+        *,
+        affinity: Affinity,
+        in_flight: AbstractContextManager[None] | None = None,
     ) -> dict[str, Any]:
         self.requests.append(request)
         ids = request["input_ids"][request["logprob_start_len"] :]

@@ -53,13 +53,19 @@ def run_engine(arguments: list[str]) -> None:
         for position in range(1, len(ids)):
             text = f"{weights} {ids[: position + 1]}"
             entries.append([-(zlib.crc32(text.encode()) % 1000) / 100, ids[position], None])
-        return web.json_response({"output_ids": [], "meta_info": {"input_token_logprobs": entries}})
+        meta = {"input_token_logprobs": entries, "weight_version": "0"}
+        return web.json_response({"output_ids": [], "meta_info": meta})
+
+    async def alive(request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": "0"})
 
     async def models(request: web.Request) -> web.Response:
         return web.json_response({"data": [{"max_model_len": 77}]})
 
     application = web.Application()
     application.router.add_get("/health", health)
+    application.router.add_get("/server_info", alive)
+    application.router.add_get("/model_info", alive)
     application.router.add_get("/v1/models", models)
     application.router.add_post("/generate", generate)
     web.run_app(

@@ -3,93 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import itertools
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
 
-from sod_mcore.serving.client import (
-    EngineClient,
-    EngineError,
-    Generation,
-    SamplingSettings,
-    parse_weight_version,
-)
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.messages import Generation, parse_weight_version
+from sod_mcore.serving.recovery import Backoff
 from sod_mcore.serving.scoring import Scores, ScoringError, score
-
-SAMPLING = SamplingSettings(max_new_tokens=3)
-VOCAB_SIZE = 100
-Handler = Callable[[dict[str, Any]], Awaitable[web.Response]]
-
-
-class ScriptedEngine:
-    """Answers ``/generate`` with a handler and remembers what it was asked."""
-
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
-        self.requests: list[dict[str, Any]] = []
-        self.aborted: list[str] = []
-        self.num_open = 0
-        self.most_open = 0
-
-    async def generate(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self.requests.append(body)
-        self.num_open += 1
-        self.most_open = max(self.most_open, self.num_open)
-        try:
-            return await self.handler(body)
-        finally:
-            self.num_open -= 1
-
-    async def abort(self, request: web.Request) -> web.Response:
-        self.aborted.append((await request.json())["rid"])
-        return web.Response()
-
-
-@asynccontextmanager
-async def connect(engine: ScriptedEngine, **options: Any) -> AsyncIterator[EngineClient]:
-    application = web.Application()
-    application.router.add_post("/generate", engine.generate)
-    application.router.add_post("/abort_request", engine.abort)
-    async with TestServer(application) as server:
-        url = str(server.make_url("")).rstrip("/")
-        async with EngineClient(endpoints(url), first_backoff_seconds=0.01, **options) as client:
-            yield client
-
-
-def endpoints(url: str) -> Endpoints:
-    model = ModelEndpoints("student", url, (url,), "folder", 64, VOCAB_SIZE)
-    return Endpoints(url, {"student": model}, pid=1, process_start=1, hostname="elsewhere")
-
-
-def generated(token_ids: list[int], **changes: Any) -> dict[str, Any]:
-    meta = {
-        "finish_reason": {"type": "length"},
-        "weight_version": "4",
-        "weight_versions": [
-            {"version": "3", "start": 0, "end": 1},
-            {"version": "4", "start": 1, "end": len(token_ids)},
-        ],
-        "output_token_logprobs": [[-0.5, token_id, None] for token_id in token_ids],
-    }
-    return {"output_ids": token_ids, "meta_info": meta | changes}
-
-
-def answers(*statuses: int) -> Handler:
-    """One status after the other; the last one again and again."""
-    pending = list(statuses)
-
-    async def handler(body: dict[str, Any]) -> web.Response:
-        status = pending.pop(0) if len(pending) > 1 else pending[0]
-        return web.json_response(generated([7, 8, 9]), status=status)
-
-    return handler
+from sod_mcore.timeline import SpanRecorder
+from tests.serving.scripted_generation import (
+    SAMPLING,
+    VOCAB_SIZE,
+    ScriptedEngine,
+    answers,
+    connect,
+    generated,
+    never,
+    scored,
+    until,
+)
 
 
 def generate(engine: ScriptedEngine, rid: str = "r", **options: Any) -> Generation:
@@ -144,28 +81,13 @@ def test_giving_up() -> None:
     assert len(engine.requests) == 4
 
 
-def test_no_server() -> None:
-    async def run() -> None:
-        async with EngineClient(
-            endpoints("http://127.0.0.1:9"), attempts=2, first_backoff_seconds=0.01
-        ) as client:
-            await client.generate("student", [1], SAMPLING, rid="r")
-
-    with pytest.raises(EngineError, match="gave up after 2 tries"):
-        asyncio.run(run())
-
-
 def test_waits_grow_to_a_limit() -> None:
-    client = object.__new__(EngineClient)
-    client._first_backoff_seconds, client._longest_backoff_seconds = 0.25, 8.0
-    for attempt, longest in enumerate([0.25, 0.5, 1, 2, 4, 8, 8, 8], start=1):
-        waits = [client._backoff_seconds(attempt) for _ in range(200)]
-        assert longest / 2 <= min(waits) < max(waits) <= longest
-
-
-async def never(body: dict[str, Any]) -> web.Response:
-    await asyncio.sleep(60)
-    raise AssertionError("unreachable")
+    backoff = Backoff(first_seconds=0.25, longest_seconds=8.0)
+    longest = [0.25, 0.5, 1, 2, 4, 8, 8, 8]
+    for failures, seconds in enumerate(longest, start=1):
+        waits = [backoff.seconds(failures) for _ in range(200)]
+        assert seconds / 2 <= min(waits) < max(waits) <= seconds
+    assert backoff.seconds(10**6) <= 8.0
 
 
 def test_deadline_aborts() -> None:
@@ -176,10 +98,11 @@ def test_deadline_aborts() -> None:
 
 
 def test_deadline_covers_all_tries() -> None:
-    engine = ScriptedEngine(answers(503))
+    engine = ScriptedEngine(answers(429))
     with pytest.raises(EngineError, match="no answer within"):
         generate(engine, request_timeout_seconds=0.3, attempts=1000)
-    assert 2 < len(engine.requests) < 30
+    # Pauses of 0.005 s at least; how many fit depends on the machine.
+    assert 2 < len(engine.requests) < 100
 
 
 def test_cancellation_aborts() -> None:
@@ -188,8 +111,7 @@ def test_cancellation_aborts() -> None:
     async def run() -> None:
         async with connect(engine) as client:
             task = asyncio.create_task(client.generate("student", [1], SAMPLING, rid="mine"))
-            while not engine.requests:
-                await asyncio.sleep(0.01)
+            await until(lambda: bool(engine.requests))
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -214,6 +136,47 @@ def test_open_requests_are_bounded() -> None:
     asyncio.run(run())
     assert engine.most_open == 3
     assert len(engine.requests) == 12
+
+
+def test_a_request_that_waits_for_a_connection_is_not_in_flight() -> None:
+    served: list[tuple[float, float]] = []
+
+    async def slow(body: dict[str, Any]) -> web.Response:
+        start = time.monotonic()
+        await asyncio.sleep(0.1)
+        served.append((start, time.monotonic()))
+        return web.json_response(generated([7]))
+
+    recorder = SpanRecorder()
+
+    async def run() -> None:
+        async with connect(ScriptedEngine(slow), max_connections=1) as client:
+            requests = [
+                client.generate("student", [1], SAMPLING, rid=rid, in_flight=recorder.span(rid))
+                for rid in ("a", "b", "c")
+            ]
+            await asyncio.gather(*requests)
+
+    asyncio.run(run())
+    spans = sorted(recorder.take(), key=lambda span: span.start)
+    for span, (start, end) in zip(spans, served, strict=True):
+        assert span.start <= start < end <= span.end
+    for earlier, later in itertools.pairwise(spans):
+        assert earlier.end <= later.start
+
+
+def test_all_tries_of_a_request_are_one_flight_also_of_one_that_fails() -> None:
+    recorder = SpanRecorder()
+
+    async def run(engine: ScriptedEngine) -> None:
+        async with connect(engine, attempts=3) as client:
+            in_flight = recorder.span("generate")
+            await client.generate("student", [1], SAMPLING, rid="r", in_flight=in_flight)
+
+    asyncio.run(run(ScriptedEngine(answers(503, 200))))
+    with pytest.raises(EngineError, match="gave up"):
+        asyncio.run(run(ScriptedEngine(answers(503))))
+    assert len(recorder.take()) == 2
 
 
 @pytest.mark.parametrize("ids", [[], [VOCAB_SIZE], [-1], [[1, 2]], [1.5]])
@@ -307,36 +270,23 @@ def test_candidates_that_cannot_be_trusted(rows: list[Any], message: str) -> Non
         score_answer({"input_token_logprobs": RIGHT, "input_top_logprobs": rows}, top_k=2)
 
 
-def test_candidates_come_from_the_engine_of_the_prompt() -> None:
-    """The router drops the fields that ask for arrays; a prompt's samples share an engine."""
-    hosts: list[str] = []
+def test_all_samples_of_a_prompt_are_scored_by_one_engine() -> None:
+    """It has the prompt in its prefix cache."""
 
-    class Recorder(EngineClient):
-        async def post_generate(
-            self,
-            model: str,
-            request: dict[str, Any],
-            *,
-            rid: str | None = None,
-            base_url: str | None = None,
-        ) -> dict[str, Any]:
-            hosts.append(str(base_url))
-            raise EngineError("enough", retryable=False)
+    async def answer(body: dict[str, Any]) -> web.Response:
+        return web.json_response(scored(body))
 
-    urls = tuple(f"http://engine-{index}" for index in range(3))
-    model = ModelEndpoints("student", "http://router", urls, "folder", 64, VOCAB_SIZE)
-    fleet = Endpoints("http://door", {"student": model}, 1, 1, "elsewhere")
+    engines = [ScriptedEngine(answer) for _ in range(3)]
 
     async def run() -> None:
-        client = Recorder(fleet)
-        for first in range(20):
+        async with connect(*engines) as client:
             for last in range(2):
-                with pytest.raises(EngineError, match="enough"):
-                    await score(client, "student", [first, 5, last], 2, top_k=4)
-        with pytest.raises(EngineError, match="enough"):
-            await score(client, "student", [1, 2, 3], 2)
+                for first in range(12):
+                    await score(client, "student", [first, 5, last], 2)
 
     asyncio.run(run())
-    assert hosts.pop() == "None", "without candidates the router decides"
-    assert hosts[::2] == hosts[1::2]
-    assert set(hosts) == set(urls)
+    prompts = [[request["input_ids"][0] for request in engine.requests] for engine in engines]
+    assert sorted(prompt for own in prompts for prompt in own) == sorted(2 * list(range(12)))
+    for own in prompts:
+        assert len(own) == 8, "new prompts are spread evenly"
+        assert sorted(own) == sorted(2 * own[:4])

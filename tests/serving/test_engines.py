@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sod_mcore.serving import weights
-from sod_mcore.serving.client import EngineClient, EngineError, Generation, SamplingSettings
+from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.messages import Generation, SamplingSettings
 from sod_mcore.serving.scoring import Scores, score
 from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightUpdateError

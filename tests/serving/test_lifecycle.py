@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,11 @@ class Serving:
         return read_endpoints(self.directory)
 
     def wait_for(self, file: Path) -> None:
+        self.wait_until(file.exists)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS
-        while not file.exists():
+        while not condition():
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.05)
@@ -220,8 +223,8 @@ def test_a_command_that_dies_of_a_signal(setup: Setup) -> None:
 
 
 def test_an_engine_that_dies_while_serving(setup: Setup) -> None:
-    """Everything ends, the command too, and the message says which engine and why."""
-    with setup.serve("sleep", "600") as serving:
+    """Without restarts everything ends, the command too, and the message says which and why."""
+    with setup.serve("sleep", "600", overrides=("serving.max_restarts=0",)) as serving:
         endpoints = serving.wait_until_served()
         family = serving.family()
         (setup.model("teacher") / "die_later").touch()

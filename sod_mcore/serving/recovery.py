@@ -1,0 +1,105 @@
+"""Asks engines that are down whether they can be used again, with pauses that grow.
+
+An engine that only lacks weights is asked for its weight version. One that failed is also asked for
+its health: SGLang 0.5.23 answers /health with 200 once its scheduler has done something since, a
+second later at the earliest, and with 503 after 20 s while it is paused for new weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+
+from sod_mcore.serving.json_http import EngineError, JsonHttp
+from sod_mcore.serving.messages import parse_weight_version
+from sod_mcore.serving.replicas import Replica, Replicas
+
+VERSION_SECONDS = 10.0
+"""Longest wait for an engine's weight version, which it has at hand."""
+HEALTH_SECONDS = 30.0
+"""Longest wait for an engine's own verdict, which takes it 20 s where it is bad."""
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Pauses that double up to a limit; a random half of each is left out, so that clients do not
+    come back in step.
+
+    Attributes:
+        first_seconds: the first pause before anything is left out.
+        longest_seconds: the limit.
+    """
+
+    first_seconds: float
+    longest_seconds: float
+
+    def seconds(self, failures: int) -> float:
+        """The pause after that many failures, counted from 1."""
+        doubled = self.first_seconds * 2.0 ** min(failures - 1, 60)
+        return min(doubled, self.longest_seconds) * random.uniform(0.5, 1.0)
+
+
+class Recovery:
+    """Marks engines down, and up again when they answer and have the weights that are required.
+
+    Args:
+        http: used for the questions.
+        backoff: pauses between them.
+    """
+
+    def __init__(self, http: JsonHttp, backoff: Backoff) -> None:
+        self._http = http
+        self._backoff = backoff
+        self._checks: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Ask no more."""
+        for check in self._checks:
+            check.cancel()
+        await asyncio.gather(*self._checks, return_exceptions=True)
+
+    def engine_failed(self, replicas: Replicas, replica: Replica, problem: str) -> None:
+        """Do not use an engine until it answers and has the weights that are required."""
+        self._mark_down(replicas, replica, problem, has_failed=True, pause=self._backoff.seconds(1))
+
+    def weights_are_old(self, replicas: Replicas, replica: Replica, problem: str) -> None:
+        """Do not use an engine until it has the weights that are required; it is asked at once."""
+        self._mark_down(replicas, replica, problem, has_failed=False, pause=0.0)
+
+    def _mark_down(
+        self, replicas: Replicas, replica: Replica, problem: str, *, has_failed: bool, pause: float
+    ) -> None:
+        now = asyncio.get_running_loop().time()
+        if replicas.mark_down(replica, problem, has_failed=has_failed, now=now, pause=pause):
+            check = asyncio.create_task(self._check_until_up(replicas, replica))
+            self._checks.add(check)
+            check.add_done_callback(self._checks.discard)
+
+    async def _check_until_up(self, replicas: Replicas, replica: Replica) -> None:
+        loop = asyncio.get_running_loop()
+        while not replica.is_up:
+            await asyncio.sleep(replica.next_check - loop.time())
+            problem = await self._problem(replicas, replica)
+            if problem is None:
+                replicas.mark_up(replica)
+            else:
+                pause = self._backoff.seconds(replica.failed_checks + 1)
+                replicas.check_failed(replica, problem, now=loop.time(), pause=pause)
+
+    async def _problem(self, replicas: Replicas, replica: Replica) -> str | None:
+        """Why an engine cannot be used now; None if it can."""
+        try:
+            if replicas.required_version is not None:
+                answer = await self._http.get(f"{replica.url}/model_info", VERSION_SECONDS)
+                replica.weight_version = parse_weight_version(answer["weight_version"])
+            if replica.must_prove_health and replicas.has_required_version(replica):
+                await self._http.get(f"{replica.url}/health", HEALTH_SECONDS)
+        except EngineError as error:
+            return str(error)
+        except (KeyError, TypeError) as error:
+            return f"{replica.url}/model_info cannot be read: {error!r}"
+        # Asked last, for another version may have been required in the meantime.
+        if not replicas.has_required_version(replica):
+            return f"has weight version {replica.weight_version}, not {replicas.required_version}"
+        return None
