@@ -34,6 +34,11 @@ class KeptGroups:
         self._timeout_seconds = timeout_seconds
         self._kept: dict[str, EngineGroup] = {}
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The name of each model's group, as its engines know it."""
+        return {model: group.outside.name for model, group in self._kept.items()}
+
     @asynccontextmanager
     async def group(
         self, client: EngineClient, model: str, receivers: tuple[Receiver, ...]
