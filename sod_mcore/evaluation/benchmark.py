@@ -38,7 +38,7 @@ def evaluate_benchmarks(config: EvalConfig, say: Callable[[str], None]) -> list[
 
     Raises:
         ConfigError, DataError: a setting or a file is wrong; nothing was started.
-        FleetError: the model could not be served, or an engine died.
+        FleetError: the model could not be served, or an engine died too often.
         RolloutError: a pool failed, or lost too many samples.
         RolloutInterruptedError: a signal came. Samples of finished chunks are kept, whatever is
             raised.

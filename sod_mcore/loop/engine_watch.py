@@ -63,6 +63,10 @@ class EngineWatch:
             for url, incarnation in state.incarnations(model).items()
         )
 
+    def restarts(self) -> int:
+        """How often a process of the fleet was started again."""
+        return sum(server.restarts for server in self._state().servers)
+
     def _state(self) -> FleetState:
         """Nothing is known of engines of others, nor of a fleet that has just ended."""
         try:

@@ -22,6 +22,7 @@ from sod_mcore.config import SodConfig
 from sod_mcore.data.plan import Plan
 from sod_mcore.evaluation.evaluate import evaluate_temperature
 from sod_mcore.loop.ending import Ending
+from sod_mcore.loop.engine_metrics import EngineMetrics
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.reporting import Reporter
 from sod_mcore.loop.run_prompts import first_of_each_file
@@ -65,6 +66,7 @@ class Session:
         self._source = source
         self._pool = pool
         self._watch = watch
+        self._engine_metrics = EngineMetrics(pool, watch) if pool and watch else None
         self._weights = weights
         self._evaluation_prompts = tuple(evaluation_prompts)
         self._reporter = reporter
@@ -278,8 +280,9 @@ class Session:
     def _end_line(self, completed_steps: int) -> None:
         """Write the metrics, with what the pool has done until now (rank 0)."""
         if self._reporter is not None:
-            if self._pool is not None:
+            if self._pool is not None and self._engine_metrics is not None:
                 self._pool.hear()
+                self._note(self._engine_metrics.since_last_line())
             self._reporter.end_line(completed_steps)
 
     def _note(self, metrics: dict[str, float]) -> None:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -36,6 +36,7 @@ from sod_mcore.config import (
     ToolsConfig,
 )
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
+from sod_mcore.serving.counters import ClientCounters
 from sod_mcore.timeline import Spans
 
 START_TIMEOUT_SECONDS = 180.0
@@ -102,10 +103,11 @@ class BatchProgress:
 
 @dataclass(frozen=True)
 class BatchDone:
-    """A finished batch."""
+    """A finished batch, and what happened to all requests to the engines so far, by model."""
 
     ticket: Ticket
     result: RolloutResult
+    counters: Mapping[str, ClientCounters]
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,11 @@ class RolloutInterruptedError(Exception):
 
 
 class RolloutPool:
-    """Handle on the pool process; used by global rank 0 only."""
+    """Handle on the pool process; used by global rank 0 only.
+
+    Attributes:
+        counters: what happened to its requests, by model, until the last batch was done.
+    """
 
     def __init__(
         self, settings: PoolSettings, on_spans: Callable[[Spans], None] = lambda spans: None
@@ -150,6 +156,7 @@ class RolloutPool:
         self._tickets = itertools.count()
         self._results: dict[Ticket, RolloutResult] = {}
         self._cancelled: set[Ticket] = set()
+        self.counters: Mapping[str, ClientCounters] = {}
         self._gate_replies: deque[GateReply] = deque()
         # Whichever of the two processes is killed, the other one removes it.
         self._temporary = tempfile.TemporaryDirectory(
@@ -304,6 +311,7 @@ class RolloutPool:
             on_progress(message)
         elif isinstance(message, BatchDone):
             self._on_spans(message.result.spans)
+            self.counters = message.counters
             if message.ticket not in self._cancelled:
                 self._results[message.ticket] = message.result
         elif isinstance(message, GateReply):

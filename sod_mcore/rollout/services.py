@@ -20,6 +20,7 @@ from sod_mcore.rollout.pool import PoolSettings
 from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.rollout.teacher import TeacherScorer
 from sod_mcore.serving.client import EngineClient
+from sod_mcore.serving.counters import ClientCounters
 from sod_mcore.serving.fleet import read_endpoints
 from sod_mcore.serving.messages import Generation, SamplingSettings
 from sod_mcore.serving.replicas import Affinity
@@ -52,6 +53,10 @@ class RolloutServices:
         """Use the engines that get the trainer's weights only once they have this version."""
         for model in self.models_with_weights:
             self.client.require_version(model, version)
+
+    def counters(self) -> dict[str, ClientCounters]:
+        """What happened to all requests to the engines so far, by model."""
+        return {model: self.client.counters(model) for model in self.client.endpoints.models}
 
     async def set_gate(self, is_open: bool) -> None:
         """Let requests through to the engines, or hold them back."""

@@ -150,7 +150,7 @@ class _Batches:
             on_progress=_throttled_sender(self._connection, order.ticket, recorder),
             recorder=recorder,
         )
-        self._connection.send(BatchDone(order.ticket, result))
+        self._connection.send(BatchDone(order.ticket, result, self._services.counters()))
 
 
 def _throttled_sender(

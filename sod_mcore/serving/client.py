@@ -195,6 +195,7 @@ class EngineClient:
     def require_version(self, model: str, version: int) -> None:
         """Use engines of ``model`` only once they report at least this version of the weights.
 
+        They are asked at once; requests wait until each that has not failed has answered.
         Requests that are sent from now on are answered with it or a later one: an older answer is
         discarded, and the request goes elsewhere or waits. So an engine that was started again
         serves nothing before it has got the weights.
@@ -203,7 +204,7 @@ class EngineClient:
         replicas = self._replicas[model]
         for replica in replicas.require_version(version):
             problem = f"has not reported weight version {version} yet"
-            self._connections.recovery.weights_are_old(replicas, replica, problem)
+            self._connections.recovery.mark_down(replicas, replica, problem, "unasked")
 
     def forget(self, model: str, key: str) -> None:
         """Forget which engine serves the requests of :attr:`Affinity.key`: it has ended."""
@@ -278,21 +279,21 @@ class EngineClient:
     async def _engine_for(self, model: str, call: Call) -> AsyncIterator[Replica]:
         """The engine for the next try, once there is one and the try is admitted."""
         while True:
-            await self._wait_for_any(model)
+            await self._wait_until_usable(model)
             async with self._admission():
                 replica = self._replicas[model].choose(call.tokens, call.affinity)
                 if replica is not None:  # else the last one went down before the try was admitted
                     yield replica
                     return
 
-    async def _wait_for_any(self, model: str) -> None:
+    async def _wait_until_usable(self, model: str) -> None:
         replicas, loop = self._replicas[model], asyncio.get_running_loop()
-        if replicas.is_any_up:
+        if replicas.are_usable:
             return
         started = loop.time()
         try:
             async with asyncio.timeout(self._restart_timeout_seconds):
-                await replicas.wait_until_any_up()
+                await replicas.wait_until_usable()
         except TimeoutError:
             message = (
                 f"{model}: none of its {len(replicas.all)} engine(s) could be used for "

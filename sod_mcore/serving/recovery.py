@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sod_mcore.serving.json_http import EngineError, JsonHttp
 from sod_mcore.serving.messages import parse_weight_version
-from sod_mcore.serving.replicas import Replica, Replicas
+from sod_mcore.serving.replicas import DownReason, Replica, Replicas
 
 VERSION_SECONDS = 10.0
 """Longest wait for an engine's weight version, which it has at hand."""
@@ -51,55 +51,56 @@ class Recovery:
     def __init__(self, http: JsonHttp, backoff: Backoff) -> None:
         self._http = http
         self._backoff = backoff
-        self._checks: set[asyncio.Task[None]] = set()
+        self._checks: dict[Replica, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
         """Ask no more."""
-        for check in self._checks:
+        checks = self._checks.values()
+        for check in checks:
             check.cancel()
-        await asyncio.gather(*self._checks, return_exceptions=True)
+        await asyncio.gather(*checks, return_exceptions=True)
 
-    def engine_failed(self, replicas: Replicas, replica: Replica, problem: str) -> None:
-        """Do not use an engine until it answers and has the weights that are required."""
-        self._mark_down(replicas, replica, problem, has_failed=True, pause=self._backoff.seconds(1))
-
-    def weights_are_old(self, replicas: Replicas, replica: Replica, problem: str) -> None:
-        """Do not use an engine until it has the weights that are required; it is asked at once."""
-        self._mark_down(replicas, replica, problem, has_failed=False, pause=0.0)
-
-    def _mark_down(
-        self, replicas: Replicas, replica: Replica, problem: str, *, has_failed: bool, pause: float
+    def mark_down(
+        self, replicas: Replicas, replica: Replica, problem: str, reason: DownReason
     ) -> None:
+        """Do not use an engine until it has proved what ``reason`` demands.
+
+        Args:
+            problem: what it said or did.
+        """
         now = asyncio.get_running_loop().time()
-        if replicas.mark_down(replica, problem, has_failed=has_failed, now=now, pause=pause):
-            check = asyncio.create_task(self._check_until_up(replicas, replica))
-            self._checks.add(check)
-            check.add_done_callback(self._checks.discard)
+        pause = 0.0 if reason == "unasked" else self._backoff.seconds(1)
+        if replicas.mark_down(replica, problem, reason=reason, now=now, pause=pause):
+            if replica in self._checks:
+                self._checks[replica].cancel()
+            self._checks[replica] = asyncio.create_task(self._check_until_up(replicas, replica))
 
     async def _check_until_up(self, replicas: Replicas, replica: Replica) -> None:
         loop = asyncio.get_running_loop()
         while not replica.is_up:
             await asyncio.sleep(replica.next_check - loop.time())
-            problem = await self._problem(replicas, replica)
+            problem, reason = await self._ask(replicas, replica)
             if problem is None:
                 replicas.mark_up(replica)
             else:
                 pause = self._backoff.seconds(replica.failed_checks + 1)
-                replicas.check_failed(replica, problem, now=loop.time(), pause=pause)
+                now = loop.time()
+                replicas.keep_down(replica, problem, reason=reason, now=now, pause=pause)
 
-    async def _problem(self, replicas: Replicas, replica: Replica) -> str | None:
-        """Why an engine cannot be used now; None if it can."""
+    async def _ask(self, replicas: Replicas, replica: Replica) -> tuple[str | None, DownReason]:
+        """Why an engine cannot be used now, and what it has to prove next; no problem if it can."""
         try:
+            if replica.down_reason == "failed":
+                await self._http.get(f"{replica.url}/health", HEALTH_SECONDS)
             if replicas.required_version is not None:
                 answer = await self._http.get(f"{replica.url}/model_info", VERSION_SECONDS)
                 replica.weight_version = parse_weight_version(answer["weight_version"])
-            if replica.must_prove_health and replicas.has_required_version(replica):
-                await self._http.get(f"{replica.url}/health", HEALTH_SECONDS)
         except EngineError as error:
-            return str(error)
+            return str(error), "failed"
         except (KeyError, TypeError) as error:
-            return f"{replica.url}/model_info cannot be read: {error!r}"
-        # Asked last, for another version may have been required in the meantime.
+            return f"{replica.url}/model_info cannot be read: {error!r}", "failed"
+        # Looked at last, for another version may have been required in the meantime.
         if not replicas.has_required_version(replica):
-            return f"has weight version {replica.weight_version}, not {replicas.required_version}"
-        return None
+            wanted = replicas.required_version
+            return f"has weight version {replica.weight_version}, not {wanted}", "stale"
+        return None, "stale"

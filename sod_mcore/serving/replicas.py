@@ -11,12 +11,17 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 MOST_KEYS = 1 << 16
 """Keys remembered of each kind; those that were not used for longest are forgotten first."""
 
 Value = TypeVar("Value")
+
+DownReason = Literal["failed", "stale", "unasked"]
+"""Why an engine is not used. "failed": it may be another process when it comes back, and has to
+prove its health and its weight version. "stale": its weights are too old. "unasked": its weight
+version is about to be asked for, and may well be new enough."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Replica:
         down_since: loop time in seconds since when it is not used; None while it is up.
         next_check: loop time in seconds at which it is asked again.
         failed_checks: how often it was asked in vain since then.
-        must_prove_health: whether it failed; else it only lacks the weights.
+        down_reason: why it is not used; what it was last down for, while it is up.
         last_problem: what it last said, or what became of a request to it.
         last_chosen: number of the choice that last fell on it.
     """
@@ -79,7 +84,7 @@ class Replica:
     down_since: float | None = None
     next_check: float = 0.0
     failed_checks: int = 0
-    must_prove_health: bool = False
+    down_reason: DownReason = "unasked"
     last_problem: str = ""
     last_chosen: int = 0
 
@@ -104,8 +109,8 @@ class Replicas:
         self._choices = 0
         self._by_key: OrderedDict[str, Replica] = OrderedDict()
         self._by_group: OrderedDict[str, list[Replica]] = OrderedDict()
-        self._some_up = asyncio.Event()
-        self._some_up.set()
+        self._usable = asyncio.Event()
+        self._usable.set()
 
     def choose(
         self, tokens: int, affinity: Affinity | None = None, other_than: Replica | None = None
@@ -142,13 +147,9 @@ class Replicas:
         self._by_key.pop(key, None)
 
     def require_version(self, version: int) -> list[Replica]:
-        """Use only engines that have reported at least ``version``.
-
-        Returns:
-            those that are up and have not.
-        """
+        """Use only engines that have reported at least ``version``; returns those that have not."""
         self.required_version = version
-        return [r for r in self.all if r.is_up and not self.has_required_version(r)]
+        return [replica for replica in self.all if not self.has_required_version(replica)]
 
     def has_required_version(self, replica: Replica) -> bool:
         """Whether an engine's weights, as far as they are known, are new enough."""
@@ -159,59 +160,75 @@ class Replicas:
         )
 
     def mark_down(
-        self, replica: Replica, problem: str, *, has_failed: bool, now: float, pause: float
+        self, replica: Replica, problem: str, *, reason: DownReason, now: float, pause: float
     ) -> bool:
-        """Use ``replica`` no more until it is marked up; whether it was up.
+        """Use ``replica`` no more until it is marked up.
 
         Args:
             problem: what it said or did.
-            has_failed: whether it may be another process when it comes back; else only its weights
-                are too old.
+            reason: what it has to prove; one that has failed stays so until it is up.
             now: loop time in seconds.
             pause: seconds until it shall be asked.
-        """
-        replica.last_problem = problem
-        if has_failed:
-            replica.must_prove_health = True
-            replica.weight_version = None
-        if not replica.is_up:
-            return False
-        replica.down_since = now
-        replica.next_check = now + pause
-        replica.failed_checks = 0
-        self._note_state()
-        return True
 
-    def check_failed(self, replica: Replica, problem: str, *, now: float, pause: float) -> None:
+        Returns:
+            whether it has to be asked anew: it was up, or may have got new weights.
+        """
+        is_new = replica.is_up or reason == "unasked"
+        if is_new:
+            replica.next_check = now + pause
+            replica.failed_checks = 0
+        if replica.is_up or replica.down_reason != "failed":
+            replica.down_reason = reason
+        if reason == "failed":
+            replica.weight_version = None
+        if replica.is_up or reason != "unasked":
+            replica.last_problem = problem
+        if replica.is_up:
+            replica.down_since = now
+        self._note_state()
+        return is_new
+
+    def keep_down(
+        self, replica: Replica, problem: str, *, reason: DownReason, now: float, pause: float
+    ) -> None:
         """Ask ``replica`` again ``pause`` seconds after ``now``, the loop time in seconds."""
         replica.last_problem = problem
         replica.failed_checks += 1
         replica.next_check = now + pause
+        replica.down_reason = reason
+        if reason == "failed":
+            replica.weight_version = None
+        self._note_state()
 
     def mark_up(self, replica: Replica) -> None:
         """Use ``replica`` again."""
         replica.down_since = None
-        replica.must_prove_health = False
         self._note_state()
 
     @property
-    def is_any_up(self) -> bool:
-        """Whether a request has somewhere to go."""
-        return self._some_up.is_set()
+    def are_usable(self) -> bool:
+        """Whether a request has somewhere to go, and the choice is not about to grow.
 
-    async def wait_until_any_up(self) -> None:
-        """Wait until a request has somewhere to go."""
-        await self._some_up.wait()
+        While engines are asked for their weight version, the first one that answers must not get
+        all the requests that wait.
+        """
+        return self._usable.is_set()
+
+    async def wait_until_usable(self) -> None:
+        """Wait until a request has somewhere to go; see :attr:`are_usable`."""
+        await self._usable.wait()
 
     def problems(self) -> str:
         """Each engine with what it last said."""
         return "; ".join(f"{r.url}: {r.last_problem or 'not asked yet'}" for r in self.all)
 
     def _note_state(self) -> None:
-        if any(replica.is_up for replica in self.all):
-            self._some_up.set()
+        is_any_up = any(replica.is_up for replica in self.all)
+        is_any_unasked = any(not r.is_up and r.down_reason == "unasked" for r in self.all)
+        if is_any_up and not is_any_unasked:
+            self._usable.set()
         else:
-            self._some_up.clear()
+            self._usable.clear()
 
     def _preferred(
         self, affinity: Affinity, candidates: list[Replica], least: Replica, tokens: int

@@ -51,6 +51,8 @@ async def score(
     token_ids: TokenIds,
     prompt_length: int,
     top_k: int = 0,
+    *,
+    temperature: float = 1.0,
     in_flight: AbstractContextManager[None] | None = None,
 ) -> Scores:
     """Score ``token_ids[prompt_length:]``, each given all tokens before it.
@@ -61,6 +63,7 @@ async def score(
         token_ids: ``[T]`` ids, prompt included.
         prompt_length: leading tokens that need no score, from 1 to T.
         top_k: likeliest tokens returned for each position; 0 for none.
+        temperature: what the engine is told, and does not heed: inputs are scored at 1.
         in_flight: held while the engine is asked, as by :meth:`EngineClient.post_generate`.
 
     Raises:
@@ -79,7 +82,7 @@ async def score(
     endpoints = client.endpoints.model(model)
     request: dict[str, Any] = {
         "input_ids": check_token_ids(endpoints, token_ids),
-        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "sampling_params": {"max_new_tokens": 0, "temperature": temperature},
         "return_logprob": True,
         "logprob_start_len": prompt_length - 1,
     }

@@ -152,13 +152,13 @@ class Sender:
         problem = f"answered with weight version {version}, not {required}"
         self._tally.add(stale_answers=1)
         replica.weight_version = version
-        self._recovery.weights_are_old(self._replicas, replica, problem)
+        self._recovery.mark_down(self._replicas, replica, problem, "stale")
         raise EngineError(f"{replica.url} {problem}", retryable=True)
 
     def _note_failure(self, replica: Replica, rid: str, error: EngineError) -> None:
         if not error.retryable or error.status == TOO_MANY_REQUESTS:
             return  # the fault is the request's, or the engine is only busy
-        self._recovery.engine_failed(self._replicas, replica, str(error))
+        self._recovery.mark_down(self._replicas, replica, str(error), "failed")
         if isinstance(error, RequestTimeoutError):
             self._tally.add(timeouts=1)
             self._abort(replica, rid)

@@ -30,6 +30,7 @@ from sod_mcore.serving.front_door import FrontDoor
 from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.model_folder import ModelFolder, read_model_folder
 from sod_mcore.serving.scoring import ScoringError
+from sod_mcore.serving.self_test import check_scoring
 from sod_mcore.serving.server import (
     Server,
     ServerSpec,
@@ -226,11 +227,10 @@ class Fleet:
 
     async def _probe(self, endpoints: Endpoints) -> None:
         try:
-            await probe.check_routes(
-                endpoints,
-                tolerance=self._serving.probe_tolerance or probe.DEFAULT_TOLERANCE,
-                timeout_seconds=self._serving.request_timeout_seconds,
-            )
+            tolerance = self._serving.probe_tolerance or probe.DEFAULT_TOLERANCE
+            timeout = self._serving.request_timeout_seconds
+            await check_scoring(endpoints, tolerance=tolerance, timeout_seconds=timeout)
+            await probe.check_routes(endpoints, tolerance=tolerance, timeout_seconds=timeout)
         except (EngineError, ScoringError) as error:
             raise FleetError(f"the probe failed: {error}\n{self._all_tails()}") from error
 

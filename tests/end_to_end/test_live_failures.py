@@ -118,10 +118,11 @@ def test_a_row_that_only_a_verifier_finds_unusable(config: Path, tmp_path: Path)
 
 
 def test_a_killed_engine(live_run: LiveRun, tmp_path: Path, record_property: Record) -> None:
-    """The service says which engine and shows its log, after all that the run has to say."""
+    """Where it may not be started again, the service says which engine and shows its log, after all
+    that the run has to say."""
     run = tmp_path / "run"
     config = configuration(live_run, run, None)
-    command = [*SERVE, str(config), "--", *train(config)]
+    command = [*SERVE, str(config), "serving.max_restarts=0", "--", *train(config)]
     with drill(command, run, tmp_path) as it:
         wait_for_second_rollout(it)
         engine = student_engine(it.members(), live_run.tree["serving"]["student"]["model_path"])

@@ -2,128 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import os
-import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 
-from sod_mcore.chat import ChatRenderer
-from sod_mcore.config import (
-    ChatConfig,
-    EngineConfig,
-    RewardConfig,
-    RolloutConfig,
-    ServingConfig,
-    TeacherConfig,
-    ToolsConfig,
-)
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.pool import PoolSettings, RolloutPool
+from sod_mcore.rollout.pool import RolloutPool
 from sod_mcore.rollout.request import RolloutRequest, RolloutResult
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints, process_start_ticks, write_endpoints
 from sod_mcore.timeline import Span, Spans
-from sod_mcore.tools.calculator import calculator_schema
 from sod_mcore.trajectory import Prompt
-from tests.end_to_end.programs import TEACHER
+from tests.rollout.scripted_engine import (
+    QUESTION,
+    SCORING_SECONDS,
+    ScriptedEngine,
+    serve,
+    settings,
+)
 
-QUESTION = {"role": "user", "content": "2+3="}
-CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "2+3"}}</tool_call>'
-TURN_SECONDS = 0.1
-SCORING_SECONDS = 0.3
 CLOSED_SECONDS = 0.5
-
-
-class ScriptedEngine:
-    """Answers a prompt with a call, and what follows that with the answer; scores what it is told.
-
-    Scoring takes longer than a turn, so that scores wait for the teacher's only connection.
-    ``served`` is when the requests for turns were there.
-    """
-
-    def __init__(self) -> None:
-        self.served: list[tuple[float, float]] = []
-        self._renderer = ChatRenderer.from_folder(TEACHER)
-        self._prompt_length = len(self._renderer.render_prompt([QUESTION], [calculator_schema()]))
-
-    async def generate(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        if body["sampling_params"]["max_new_tokens"] == 0:
-            await asyncio.sleep(SCORING_SECONDS)
-            return web.json_response(self._scores(body))
-        start = time.monotonic()
-        await asyncio.sleep(TURN_SECONDS)
-        self.served.append((start, time.monotonic()))
-        return web.json_response(self._turn(len(body["input_ids"]) > self._prompt_length))
-
-    def _turn(self, is_answer: bool) -> dict[str, Any]:
-        text = r"\boxed{5}" if is_answer else CALL
-        ids = self._renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = [*ids, self._renderer.end_of_turn_id]
-        meta = {
-            "finish_reason": {"type": "stop"},
-            "weight_version": "0",
-            "output_token_logprobs": [[-0.5, token, None] for token in ids],
-        }
-        return {"output_ids": ids, "meta_info": meta}
-
-    def _scores(self, body: dict[str, Any]) -> dict[str, Any]:
-        ids = body["input_ids"][body["logprob_start_len"] :]
-        entries = [[None, ids[0], None], *([-0.25, token, None] for token in ids[1:])]
-        return {"meta_info": {"input_token_logprobs": entries}}
-
-
-@contextmanager
-def serve(engine: ScriptedEngine) -> Iterator[str]:
-    """The engine's address, while a thread serves it."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    application = web.Application()
-    application.router.add_post("/generate", engine.generate)
-    server = TestServer(application)
-    asyncio.run_coroutine_threadsafe(server.start_server(), loop).result(30)
-    try:
-        yield str(server.make_url("")).rstrip("/")
-    finally:
-        asyncio.run_coroutine_threadsafe(server.close(), loop).result(30)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(30)
-        loop.close()
-
-
-def settings(directory: Path, url: str) -> PoolSettings:
-    models = {
-        name: ModelEndpoints(name, url, (url,), str(TEACHER), 2048, 1 << 20)
-        for name in ("student", "teacher")
-    }
-    start = process_start_ticks(os.getpid())
-    assert start is not None
-    write_endpoints(Endpoints(url, models, os.getpid(), start, socket.gethostname()), directory)
-    return PoolSettings(
-        run_directory=directory,
-        serving_directory=directory,
-        student_path=TEACHER,
-        serving=ServingConfig(student=EngineConfig(model_path=str(TEACHER)), max_connections=1),
-        rollout=RolloutConfig(max_response_tokens=1000),
-        tools=ToolsConfig(names=("calculator",)),
-        reward=RewardConfig(verifiers={"sums": "math"}, workers=1),
-        chat=ChatConfig(),
-        teacher=TeacherConfig(),
-        teacher_top_k=0,
-        sources=("sums",),
-    )
 
 
 @dataclass(frozen=True)

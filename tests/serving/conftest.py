@@ -26,8 +26,13 @@ START_SECONDS = 500.0
 
 @dataclass(frozen=True)
 class LiveFleet:
-    """A served student (two engines, untied) and teacher (tied), and their weights' folders."""
+    """A served student (two engines, untied) and teacher (tied), and their weights' folders.
 
+    Attributes:
+        directory: ``run.directory``.
+    """
+
+    directory: Path
     endpoints: Endpoints
     student: Path
     teacher: Path
@@ -70,7 +75,7 @@ def live_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFleet]:
     try:
         _wait_until_served(process, folder / "run", folder / "serving.log")
         endpoints = read_endpoints(folder / "run")
-        yield LiveFleet(endpoints, student, teacher, other)
+        yield LiveFleet(folder / "run", endpoints, student, teacher, other)
         family = descendants(process.pid)
         assert len(family) > 9, "three engines of three processes each, and two routers"
     finally:

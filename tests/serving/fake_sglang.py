@@ -3,7 +3,8 @@
 Called with the command lines of ``sod_mcore.serving.launch``. An engine's scores depend on the
 file ``weights`` in its model's folder and on the ids, so that mixed-up models are noticed. Other
 files there change its behaviour: ``die_at_start``, ``port_taken`` (the first start finds its port
-in use), ``die_later``, ``never_ready``, ``ignores_sigterm``.
+in use), ``die_later``, ``never_ready``, ``ignores_sigterm``; and how it scores: ``unsteady``,
+``heeds_temperature``, ``shifted`` (unless it scores from the first token on).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def run_engine(arguments: list[str]) -> None:
     if (folder / "ignores_sigterm").exists():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    calls = itertools.count()
+
     async def health(request: web.Request) -> web.Response:
         if (folder / "die_later").exists():
             print("the device fell off the bus", flush=True)
@@ -47,12 +50,20 @@ def run_engine(arguments: list[str]) -> None:
         return web.Response(status=503 if (folder / "never_ready").exists() else 200)
 
     async def generate(request: web.Request) -> web.Response:
-        ids = (await request.json())["input_ids"]
+        body = await request.json()
+        ids, start = body["input_ids"], body["logprob_start_len"]
         weights = (folder / "weights").read_text()
-        entries: list[list[Any]] = [[None, ids[0], None]]
-        for position in range(1, len(ids)):
-            text = f"{weights} {ids[: position + 1]}"
-            entries.append([-(zlib.crc32(text.encode()) % 1000) / 100, ids[position], None])
+        if (folder / "unsteady").exists():
+            weights += str(next(calls))
+        temperature = 1.0
+        if (folder / "heeds_temperature").exists():
+            temperature = body["sampling_params"]["temperature"]
+        shift = 1 if (folder / "shifted").exists() and start > 0 else 0
+        entries: list[list[Any]] = [[None, ids[start], None]]
+        for position in range(start + 1, len(ids)):
+            text = f"{weights} {ids[: position + 1 - shift]}"
+            logprob = -(zlib.crc32(text.encode()) % 1000) / 100 / temperature
+            entries.append([logprob, ids[position], None])
         meta = {"input_token_logprobs": entries, "weight_version": "0"}
         return web.json_response({"output_ids": [], "meta_info": meta})
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil  # type: ignore[import-untyped]
 
 from sod_mcore.serving.fleet import process_fields, process_start_ticks
 
@@ -27,6 +32,22 @@ def descendants(pid: int) -> set[Process]:
             found.add((child, start))
         pending += children.get(child, [])
     return found
+
+
+def leader_at(pid: int, url: str) -> int:
+    """The process below ``pid`` that leads a group and listens at the port of ``url``."""
+    found = []
+    for child, _ in descendants(pid):
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # it ended meanwhile
+            if os.getpgid(child) == child and urlsplit(url).port in _listening_ports(child):
+                found.append(child)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def _listening_ports(pid: int) -> set[int]:
+    connections = psutil.Process(pid).net_connections(kind="tcp")
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
 
 
 def running(processes: Iterable[Process]) -> set[Process]:

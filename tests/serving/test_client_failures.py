@@ -285,9 +285,8 @@ def test_waiting_requests_are_not_in_flight() -> None:
         async with connect(engine, admission=admission) as client:
             task = asyncio.create_task(ask(client))
             await until(lambda: in_flight == 1 and len(engine.requests) == 1)
-            client._connections.recovery.engine_failed(
-                client._replicas["student"], client._replicas["student"].all[0], "told by a test"
-            )
+            replicas = client._replicas["student"]
+            client._connections.recovery.mark_down(replicas, replicas.all[0], "a test", "failed")
             other = asyncio.create_task(ask(client))
             await asyncio.sleep(0.05)
             assert in_flight == 1
@@ -318,6 +317,42 @@ def test_only_engines_with_the_required_weights_are_used() -> None:
     run(test)
 
 
+def test_requests_that_wait_for_new_weights_are_shared() -> None:
+    """The first engine that reports the version does not get them all."""
+
+    async def test() -> None:
+        engines = [ScriptedEngine(serving(7)) for _ in range(3)]
+        for engine in engines:
+            engine.weight_version = "7"
+        async with connect(*engines) as client:
+            client.require_version("student", 7)
+            await asyncio.gather(*(ask(client, str(n)) for n in range(12)))
+        assert [len(engine.requests) for engine in engines] == [4, 4, 4]
+
+    run(test)
+
+
+def test_an_engine_that_is_down_is_asked_at_once_when_it_may_have_new_weights() -> None:
+    """Pauses between the questions have grown long by then."""
+
+    async def test() -> None:
+        engines = [ScriptedEngine(serving(1)), ScriptedEngine(serving(1))]
+        engines[0].weight_version = "1"
+        long = 10 * PATIENCE
+        options = {"first_backoff_seconds": long, "longest_backoff_seconds": long}
+        async with connect(*engines, **options) as client:
+            client.require_version("student", 1)
+            await ask(client)
+            assert engines[1].checks == ["model_info"]
+            for engine in engines:
+                engine.handler, engine.weight_version = serving(2), "2"
+            client.require_version("student", 2)
+            await asyncio.gather(*(ask(client, str(n)) for n in range(4)))
+            assert len(engines[1].requests) == 2
+
+    run(test)
+
+
 def test_an_engine_that_comes_back_with_its_first_weights() -> None:
     """Restarted between two requests, so that only its answer tells."""
 
@@ -335,6 +370,23 @@ def test_an_engine_that_comes_back_with_its_first_weights() -> None:
             engine.handler, engine.weight_version = serving(3), "3"
             assert (await task).weight_version == 3
             assert client.counters("student").retries == 1
+
+    run(test)
+
+
+def test_an_engine_that_failed_proves_its_health_once_and_then_waits_for_weights() -> None:
+    async def test() -> None:
+        engine, other = ScriptedEngine(serving(3)), ScriptedEngine(serving(3))
+        engine.weight_version = other.weight_version = "3"
+        async with connect(engine, other) as client:
+            client.require_version("student", 3)
+            await until(lambda: client._replicas["student"].are_usable)
+            engine.handler, engine.weight_version = answers(502), "0"
+            while client.counters("student").bad_answers == 0:
+                await ask(client)
+            await until(lambda: len(engine.checks) > 5)
+            assert engine.checks.count("health") == 1
+            assert client._replicas["student"].all[0].last_problem == "has weight version 0, not 3"
 
     run(test)
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 from contextlib import closing
 from pathlib import Path
+from uuid import uuid4
 
 import aiohttp
 import numpy as np
@@ -22,13 +25,15 @@ from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.fleet_state import read_fleet_state
 from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.serving.messages import SamplingSettings
 from sod_mcore.serving.scoring import Scores, score
 from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import RunningRequests
-from tests.serving.conftest import LiveFleet
+from tests.serving.conftest import START_SECONDS, LiveFleet
 from tests.serving.engine_updates import (
     TIMEOUT,
     WAYS,
@@ -42,6 +47,7 @@ from tests.serving.engine_updates import (
     tensor_transfer,
     update,
 )
+from tests.serving.processes import leader_at
 from tests.serving.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, random_ids, reference_logprobs
 
 TOLERANCE = 1e-5
@@ -235,13 +241,18 @@ def test_a_process_group_is_kept_while_every_engine_is_in_it(live_fleet: LiveFle
     before = weights.weight_versions(endpoints, "student", TIMEOUT)[0]
     with closing(new_groups(endpoints)) as groups:
         for version in range(before + 1, before + 4):
-            transfer = DistributedTransfer(buckets_of(live_fleet.student), groups)
-            weights.update_weights(endpoints, "student", transfer, version, TIMEOUT)
+            broadcast(live_fleet, groups, version)
             names.append(groups.names["student"])
             if version == before + 2:
                 leave_group(endpoints.model("student").engines[1], names[-1])
     assert names[0] == names[1] != names[2]
     assert weights.weight_versions(endpoints, "student", TIMEOUT) == (before + 3,) * 2
+
+
+def broadcast(live_fleet: LiveFleet, groups: KeptGroups, version: int) -> None:
+    """The first student's weights through a group that is kept."""
+    transfer = DistributedTransfer(buckets_of(live_fleet.student), groups)
+    weights.update_weights(live_fleet.endpoints, "student", transfer, version, TIMEOUT)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -386,3 +397,68 @@ def test_the_front_door_streams_and_chats(live_fleet: LiveFleet) -> None:
     assert answer["model"] == "student"
     assert unknown[0] == 404
     assert "student, teacher" in unknown[1]
+
+
+def test_a_paused_engine_tells_that_it_lives(live_fleet: LiveFleet) -> None:
+    """The fleet asks so; /health of a paused engine is 503 after 20 s, as if it were dead."""
+    url = live_fleet.endpoints.model("student").engines[0]
+
+    async def run() -> None:
+        async with EngineClient(live_fleet.endpoints, request_timeout_seconds=15.0) as client:
+            await client.post(f"{url}/pause_generation", {"mode": "retract"})
+            try:
+                assert (await client.get(f"{url}/server_info"))["internal_states"]
+            finally:
+                await client.post(f"{url}/continue_generation", {})
+
+    asyncio.run(run())
+
+
+def test_an_engine_and_a_router_that_are_killed_come_back(live_fleet: LiveFleet) -> None:
+    """Requests go on elsewhere; the engine has its first weights then, and is not used before it
+    has got those that are required. The last test here, for it takes an engine's start."""
+    endpoints, ids = live_fleet.endpoints, random_ids(20, seed=10)
+    student = endpoints.model("student")
+    sampling = SamplingSettings(max_new_tokens=400, ignore_eos=True)
+    survivor, victim = student.engines
+    version = 1 + max(weights.weight_versions(endpoints, "student", TIMEOUT))
+    groups = new_groups(endpoints)
+    broadcast(live_fleet, groups, version)
+    first_group = groups.names["student"]
+
+    async def versions_of_many(client: EngineClient) -> set[int]:
+        prompts = [[*ids, n] for n in range(4, 36)]
+        requests = (client.generate("student", p, sampling, rid=uuid4().hex) for p in prompts)
+        return {generation.weight_version for generation in await asyncio.gather(*requests)}
+
+    async def start_load(client: EngineClient) -> asyncio.Task[set[int]]:
+        load = asyncio.create_task(versions_of_many(client))
+        while not client._replicas["student"].all[1].outstanding_tokens:
+            assert not load.done(), "the engine is not used"
+            await asyncio.sleep(0.01)
+        return load
+
+    async def run() -> None:
+        async with EngineClient(endpoints) as client, asyncio.timeout(START_SECONDS):
+            client.require_version("student", version)
+            load = await start_load(client)
+            for url in (victim, student.route):
+                os.kill(leader_at(endpoints.pid, url), signal.SIGKILL)
+            assert await load == {version}
+            counters = client.counters("student")
+            assert counters.connection_failures == counters.retries > 0
+            state = read_fleet_state(live_fleet.directory)
+            while state.incarnations("student") != {survivor: 1, victim: 2}:
+                await asyncio.sleep(0.2)
+                state = read_fleet_state(live_fleet.directory)
+            assert await versions_of_many(client) == {version}
+            await asyncio.to_thread(broadcast, live_fleet, groups, version + 1)
+            client.require_version("student", version + 1)
+            assert await (await start_load(client)) == {version + 1}
+
+    with closing(groups):
+        asyncio.run(run())
+        assert groups.names["student"] != first_group, "the engine is no member of that one"
+    scores = score_once(endpoints.reached_at("student", student.route), "student", ids, 1)
+    expected = reference_logprobs(live_fleet.student, ids)[np.arange(1, 20), np.array(ids)[1:]]
+    np.testing.assert_allclose(scores.logprobs[1:], expected, atol=TOLERANCE)

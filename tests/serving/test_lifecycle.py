@@ -266,6 +266,22 @@ def test_equal_weights_in_two_folders_are_refused(setup: Setup) -> None:
     assert "give equal scores for the probe" in serving.text()
 
 
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ("unsteady", "scores the probe differently in a second call"),
+        ("shifted", "scores the probe differently from token 16 on"),
+        ("heeds_temperature", "heeds a temperature of 0.5 where it scores"),
+    ],
+)
+def test_an_engine_that_scores_in_another_way(setup: Setup, fault: str, problem: str) -> None:
+    (setup.model("teacher") / fault).touch()
+    with setup.serve() as serving:
+        assert serving.wait() == 1
+    assert "teacher: http://127.0.0.1:" in serving.text()
+    assert problem in serving.text()
+
+
 def test_one_model_for_both(setup: Setup) -> None:
     """Distilling a model into itself is allowed when it is meant."""
     with setup.serve(

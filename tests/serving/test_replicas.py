@@ -21,7 +21,7 @@ URLS = ("a", "b", "c")
 
 
 def down(replicas: Replicas, replica: Replica) -> None:
-    replicas.mark_down(replica, "dead", has_failed=True, now=0.0, pause=1.0)
+    replicas.mark_down(replica, "dead", reason="failed", now=0.0, pause=1.0)
 
 
 def chosen(replicas: Replicas, tokens: int = 1, affinity: Affinity | None = None) -> Replica:
@@ -85,7 +85,7 @@ def test_against_brute_force(seed: int) -> None:
                 for r in replicas.all
                 if r.is_up
             }
-            assert replicas.is_any_up == bool(loads)
+            assert replicas.are_usable == bool(loads)
             replica_or_none = replicas.choose(tokens, affinity)
             if not loads:
                 assert replica_or_none is None
@@ -196,7 +196,7 @@ def test_versions() -> None:
     a, b, c = replicas.all
     a.weight_version, b.weight_version = 5, 4
     down(replicas, c)
-    assert replicas.require_version(5) == [b], "c is asked anyway before it is used"
+    assert replicas.require_version(5) == [b, c]
     assert [replicas.has_required_version(replica) for replica in (a, b, c)] == [True, False, False]
     down(replicas, a)
     assert not replicas.has_required_version(a), "it may be another process when it comes back"
@@ -206,11 +206,11 @@ def test_waiting_for_an_engine() -> None:
     async def run() -> None:
         replicas = Replicas(("a", "b"))
         async with asyncio.timeout(10):
-            await replicas.wait_until_any_up()
+            await replicas.wait_until_usable()
             down(replicas, replicas.all[0])
-            await replicas.wait_until_any_up()
+            await replicas.wait_until_usable()
             down(replicas, replicas.all[1])
-            waiting = asyncio.create_task(replicas.wait_until_any_up())
+            waiting = asyncio.create_task(replicas.wait_until_usable())
             await asyncio.sleep(0)
             assert not waiting.done()
             replicas.mark_up(replicas.all[1])
@@ -220,3 +220,17 @@ def test_waiting_for_an_engine() -> None:
     replicas = Replicas(("a", "b"))
     down(replicas, replicas.all[0])
     assert replicas.problems() == "a: dead; b: not asked yet"
+
+
+def test_requests_wait_until_all_engines_were_asked_for_their_version() -> None:
+    """Else the first that answers would get all of them."""
+    replicas = Replicas(("a", "b", "c"))
+    down(replicas, replicas.all[2])
+    for replica in replicas.require_version(5):
+        assert replicas.mark_down(replica, "not asked", reason="unasked", now=0.0, pause=0.0)
+    first, second, dead = replicas.all
+    assert dead.down_reason == "failed", "to be asked again is no proof of health"
+    replicas.mark_up(first)
+    assert not replicas.are_usable
+    replicas.keep_down(second, "is old", reason="stale", now=0.0, pause=1.0)
+    assert replicas.are_usable

@@ -23,23 +23,16 @@ from sod_mcore.serving.fleet_state import (
 )
 from sod_mcore.serving.restarts import RestartBudget
 from sod_mcore.serving.scoring import Scores, score
-from tests.serving.processes import Process, descendants, process_start_ticks, wait_until_gone
+from tests.serving.processes import (
+    Process,
+    descendants,
+    leader_at,
+    process_start_ticks,
+    wait_until_gone,
+)
 from tests.serving.test_lifecycle import SECONDS, Serving, Setup, setup
 
 __all__ = ["setup"]
-
-
-def pid_of(serving: Serving, url: str) -> int:
-    """The leader of the engine or router that listens at ``url``."""
-    port = str(urlsplit(url).port)
-    found = [
-        pid
-        for pid, _ in serving.family()
-        if f"--port\0{port}\0" in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-        and os.getpgid(pid) == pid
-    ]
-    assert len(found) == 1, found
-    return found[0]
 
 
 def state_of(serving: Serving, name: str) -> ServerState:
@@ -78,13 +71,13 @@ def test_a_killed_engine_is_started_again(setup: Setup) -> None:
             student.engines, 1
         )
         before = score_through(endpoints, "student", student.engines[1])
-        index = pid_of(serving, student.engines[1])
-        group = group_of(index)
+        leader = leader_at(serving.process.pid, student.engines[1])
+        group = group_of(leader)
         assert len(group) > 1, "the fake scheduler"
 
         async def score_while_it_dies() -> Sequence[Scores]:
             async with EngineClient(endpoints) as client:
-                os.kill(index, signal.SIGKILL)
+                os.kill(leader, signal.SIGKILL)
                 requests = (score(client, "student", [n, 2, 3], 1) for n in range(40))
                 return await asyncio.gather(*requests)
 
@@ -107,7 +100,7 @@ def test_a_killed_engine_is_started_again(setup: Setup) -> None:
 def test_requests_to_the_only_engine_wait_for_its_restart(setup: Setup) -> None:
     with setup.serve() as serving:
         endpoints = serving.wait_until_served()
-        leader = pid_of(serving, endpoints.model("teacher").engines[0])
+        leader = leader_at(serving.process.pid, endpoints.model("teacher").engines[0])
 
         async def run() -> float:
             async with EngineClient(endpoints, restart_timeout_seconds=SECONDS) as client:
@@ -125,7 +118,7 @@ def test_an_engine_that_stands_still_is_killed_and_started_again(setup: Setup) -
     with setup.serve(overrides=("serving.health_timeout_seconds=10",)) as serving:
         endpoints = serving.wait_until_served()
         url = endpoints.model("teacher").engines[0]
-        leader = pid_of(serving, url)
+        leader = leader_at(serving.process.pid, url)
         group = group_of(leader)
         os.kill(leader, signal.SIGSTOP)
         wait_for_state(serving, "teacher_engine_0", "ready", 1)
@@ -138,10 +131,10 @@ def test_an_engine_that_stands_still_is_killed_and_started_again(setup: Setup) -
 
 def test_a_supervisor_that_stood_still_blames_nobody(setup: Setup) -> None:
     """Then its own questions went unanswered: its clock has gone on, and it has not."""
-    with setup.serve(overrides=("serving.health_timeout_seconds=4",)) as serving:
+    with setup.serve(overrides=("serving.health_timeout_seconds=8",)) as serving:
         endpoints = serving.wait_until_served()
         serving.process.send_signal(signal.SIGSTOP)
-        asyncio.run(asyncio.sleep(6.0))
+        asyncio.run(asyncio.sleep(10.0))
         serving.process.send_signal(signal.SIGCONT)
         asyncio.run(asyncio.sleep(3.0))
         score_through(endpoints, "teacher", endpoints.model("teacher").route)
@@ -154,7 +147,7 @@ def test_a_port_that_is_taken_when_the_engine_comes_back(setup: Setup) -> None:
     with setup.serve() as serving:
         endpoints = serving.wait_until_served()
         url = endpoints.model("teacher").engines[0]
-        leader = pid_of(serving, url)
+        leader = leader_at(serving.process.pid, url)
         group = group_of(leader)
         serving.process.send_signal(signal.SIGSTOP)
         for pid, _ in group:
@@ -183,7 +176,7 @@ def _takes(thief: socket.socket, url: str) -> bool:
 def test_an_engine_that_dies_again_and_again(setup: Setup) -> None:
     with setup.serve("sleep", "600", overrides=("serving.max_restarts=2",)) as serving:
         endpoints = serving.wait_until_served()
-        leader = pid_of(serving, endpoints.model("student").engines[0])
+        leader = leader_at(serving.process.pid, endpoints.model("student").engines[0])
         family = serving.family()
         (setup.model("student") / "die_at_start").touch()
         os.kill(leader, signal.SIGKILL)
@@ -205,7 +198,7 @@ def test_a_killed_router_finds_its_engines_again(setup: Setup) -> None:
         endpoints = serving.wait_until_served()
         student = endpoints.model("student")
         before = score_through(endpoints, "student", student.route)
-        os.kill(pid_of(serving, student.route), signal.SIGKILL)
+        os.kill(leader_at(serving.process.pid, student.route), signal.SIGKILL)
         wait_for_state(serving, "student_router", "ready", 1)
         for _ in student.engines:  # the fake router takes them in turn
             assert score_through(endpoints, "student", student.route) == before
@@ -224,7 +217,7 @@ def test_engines_of_others_are_left_alone(setup: Setup) -> None:
         with setup.serve(overrides=overrides) as guest:
             guest.wait_for(endpoints_path(setup.folder / "guest"))
             before = guest.family()
-            os.kill(pid_of(owner, engines[0]), signal.SIGKILL)
+            os.kill(leader_at(owner.process.pid, engines[0]), signal.SIGKILL)
             assert owner.wait() == 1
             asyncio.run(asyncio.sleep(2.0))
             assert guest.family() == before

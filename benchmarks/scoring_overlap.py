@@ -1,0 +1,187 @@
+"""How much of the teacher's scoring the rollout hides.
+
+    .venv/bin/python -m benchmarks.scoring_overlap [--delay 1.0] [--repetitions 3]
+
+The arithmetic example's teacher plays its problems greedily, so that every rollout is the same
+work, and scores them behind a proxy that answers ``--delay`` seconds late. Three things are
+measured in turn: a batch without scores, a batch with scores, and the scores of a finished batch
+alone, with as many connections. What is hidden is
+
+    1 - (with scores - without) / (scores alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks.delayed_teacher import delayed
+from examples.arithmetic.command_line import RECIPE
+from examples.arithmetic.make_data import write_data
+from examples.arithmetic.settings import ArithmeticSettings
+from sod_mcore.config import SodConfig
+from sod_mcore.config_file import load_config
+from sod_mcore.data import read_prompts
+from sod_mcore.loop.opening import pool_settings
+from sod_mcore.rollout.episode import Sampling
+from sod_mcore.rollout.pool import RolloutPool
+from sod_mcore.rollout.request import RolloutRequest
+from sod_mcore.serving.client import EngineClient
+from sod_mcore.serving.fleet import Endpoints, read_endpoints, write_endpoints
+from sod_mcore.serving.scoring import score
+from sod_mcore.trajectory import Prompt, Trajectory
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLE = REPOSITORY / "examples" / "arithmetic"
+PROMPTS = 128
+CONNECTIONS = 8
+"""Open requests to each model, and conversations at a time."""
+COLLECT_SECONDS = 600.0
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one repetition."""
+
+    without_scores: float
+    with_scores: float
+    scores_alone: float
+
+    @property
+    def hidden(self) -> float:
+        """Share of the scoring that the rollout hides."""
+        return 1 - (self.with_scores - self.without_scores) / self.scores_alone
+
+
+def main() -> None:
+    """Print one Markdown row for each repetition, and the median."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--delay", type=float, default=1.0, help="seconds")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--served", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.served is not None:
+        measure(options.served, options.delay, options.repetitions)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        serve_around(Path(folder), sys.argv[1:])
+
+
+def serve_around(folder: Path, arguments: Sequence[str]) -> None:
+    """Run this program again while the models are served."""
+    (folder / "data").mkdir()
+    small = (f"data.train_prompts={PROMPTS}", "data.eval_prompts=32", "data.copy_rows=1")
+    write_data(folder / "data", load_config(ArithmeticSettings, RECIPE, small).data)
+    again = [sys.executable, "-m", "benchmarks.scoring_overlap", "--served", str(folder)]
+    serve = [sys.executable, "-m", "sod_mcore.serving", str(EXAMPLE / "sod.yaml")]
+    subprocess.run(
+        [*serve, *settings(folder), "--", *again, *arguments], cwd=REPOSITORY, check=True
+    )
+
+
+def settings(folder: Path) -> list[str]:
+    """What differs from the example: its teacher is both models."""
+    teacher = EXAMPLE / "teacher"
+    return [
+        f"run.directory={folder}",
+        f"serving.directory={folder}",
+        f"student.model_path={teacher}",
+        f"serving.student.model_path={teacher}",
+        f"serving.max_connections={CONNECTIONS}",
+        f"rollout.concurrency={CONNECTIONS}",
+        f"data.train={folder}/data/train.parquet",
+        "evaluation.data=null",
+        "algorithm.topk.k=0",
+        "algorithm.distillation=advantage",
+    ]
+
+
+def measure(folder: Path, delay_seconds: float, repetitions: int) -> None:
+    """Measure on engines that run, and print the table."""
+    config = load_config(SodConfig, EXAMPLE / "sod.yaml", settings(folder))
+    prompts = tuple(read_prompts(Path(config.data.train)))[:PROMPTS]
+    with ExitStack() as stack:
+        endpoints = read_endpoints(folder)
+        engine = endpoints.model("teacher").engines[0]
+        late = with_teacher_at(endpoints, stack.enter_context(delayed(engine, delay_seconds)))
+        write_endpoints(late, folder / "late")
+        sources = sorted({prompt.data_source for prompt in prompts})
+        in_pool = dataclasses.replace(
+            pool_settings(config, sources), serving_directory=folder / "late"
+        )
+        pool = stack.enter_context(RolloutPool(in_pool))
+        play(pool, prompts, with_teacher=True)  # what is done once and for all
+        rows = [repetition(pool, prompts, late) for _ in range(repetitions)]
+    print_table(rows, delay_seconds)
+
+
+def with_teacher_at(endpoints: Endpoints, url: str) -> Endpoints:
+    """The same fleet with another address for the teacher's only engine."""
+    teacher = dataclasses.replace(endpoints.model("teacher"), route=url, engines=(url,))
+    return dataclasses.replace(endpoints, models={**endpoints.models, "teacher": teacher})
+
+
+def repetition(pool: RolloutPool, prompts: Sequence[Prompt], endpoints: Endpoints) -> Times:
+    """The three times."""
+    without, trajectories = timed(lambda: play(pool, prompts, with_teacher=False))
+    with_scores, _ = timed(lambda: play(pool, prompts, with_teacher=True))
+    alone, _ = timed(lambda: asyncio.run(score_all(endpoints, trajectories)))
+    return Times(without, with_scores, alone)
+
+
+def play(
+    pool: RolloutPool, prompts: Sequence[Prompt], *, with_teacher: bool
+) -> tuple[Trajectory, ...]:
+    """A greedy batch of one sample a prompt."""
+    request = RolloutRequest(tuple(prompts), 1, Sampling(0.0, 1.0), with_teacher=with_teacher)
+    result = pool.collect(pool.submit(request), COLLECT_SECONDS)
+    assert len(result.trajectories) == len(prompts), result.failures
+    assert result.num_unscored == 0, result.failures
+    return result.trajectories
+
+
+async def score_all(endpoints: Endpoints, trajectories: Sequence[Trajectory]) -> None:
+    """Score finished trajectories, as many at a time as the pool has connections."""
+    async with EngineClient(endpoints, max_connections=CONNECTIONS) as client:
+        await asyncio.gather(
+            *(score(client, "teacher", t.token_ids, t.prompt_length) for t in trajectories)
+        )
+
+
+def timed(work: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds that ``work`` takes, and its result."""
+    started = time.monotonic()
+    result = work()
+    return time.monotonic() - started, result
+
+
+def print_table(rows: Sequence[Times], delay_seconds: float) -> None:
+    """Each repetition, and the median of what is hidden."""
+    print(
+        f"\n{PROMPTS} trajectories, {CONNECTIONS} at a time, a teacher {delay_seconds:g} s away:\n"
+    )
+    print("| without scores, s | with scores, s | scores alone, s | hidden |")
+    print("|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row.without_scores:.1f} | {row.with_scores:.1f} | {row.scores_alone:.1f} | "
+            f"{row.hidden:.0%} |"
+        )
+    print(f"| | | median | {statistics.median(row.hidden for row in rows):.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
