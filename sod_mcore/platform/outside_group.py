@@ -96,6 +96,11 @@ class OutsideGroup:
         finally:
             works.clear()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not been left."""
+        return self._store is not None
+
     def leave(self) -> None:
         """Close all connections: ranks that wait for this one get an error instead of waiting."""
         if self._group is not None:

@@ -133,7 +133,9 @@ class EngineGroup:
         return True
 
     async def dissolve(self, client: EngineClient) -> None:
-        """Leave the group, and let every engine that answers leave it; safe to call twice."""
+        """Leave the group, and let every engine that answers leave it, unless that is done."""
+        if not self.outside.is_open:
+            return
         self.outside.leave()
         request = {"group_name": self.outside.name}
         with suppress(TimeoutError):
