@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
 from sod_mcore.report.step_timeline import StepTimeline
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
+from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.student.backend import choose_backend
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed
@@ -69,7 +71,7 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
         _open_source(config, prompts, pool, watch, reporter, stop) if is_rank_zero else None,
         pool,
         watch,
-        _open_weight_sync(config, student, endpoints, watch) if is_live else None,
+        _open_weight_sync(config, student, endpoints, watch, stack) if is_live else None,
         prompts.evaluation,
         reporter,
         stop,
@@ -139,8 +141,13 @@ def _open_weight_sync(
     student: Student,
     endpoints: Endpoints | None,
     watch: EngineWatch | None,
+    stack: ExitStack,
 ) -> WeightSync:
     assert config.serving is not None
+    groups = None
+    if config.serving.weight_sync == "distributed" and endpoints is not None:
+        timeout = config.serving.request_timeout_seconds
+        groups = stack.enter_context(closing(KeptGroups(endpoints, student.layout.device, timeout)))
     return WeightSync(
         student=student,
         endpoints=endpoints,
@@ -151,4 +158,5 @@ def _open_weight_sync(
         probe_ids=probe_token_ids(student.vocab_size, config.run.seed),
         group=student.layout.world_group,
         teacher_follows=config.averages_weights,
+        groups=groups,
     )

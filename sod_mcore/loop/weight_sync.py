@@ -2,7 +2,7 @@
 
 A teacher that is an average of the student's weights gets that average in the same way.
 
-The weights travel as a Hugging Face folder or by value (``serving.weight_sync``). Either way the
+The weights travel as a Hugging Face folder or as tensors (``serving.weight_sync``). Either way the
 engines report the version and score a fixed probe; the trainer scores the same probe. A difference
 means that the rollouts would come from another model than the one that is trained, so the run
 stops. An engine that dies meanwhile does not stop it: the others get the weights, and it does when
@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from sod_mcore.config import ServingConfig
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.serving.disk_transfer import DiskTransfer
+from sod_mcore.serving.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.fleet import Endpoints
 from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError
 from sod_mcore.serving.weights import probe_logprobs, update_weights
@@ -72,6 +74,8 @@ class WeightSync:
         probe_ids: int32 ``[n]``, the token ids that engine and trainer both score.
         teacher_follows: the teacher's engines get the average of the weights. Only their version is
             confirmed: the trainer has no model with the average to score the probe.
+        groups: process groups with the engines; None on ranks other than 0, and where
+            ``serving.weight_sync`` needs none.
     """
 
     student: Student
@@ -83,6 +87,7 @@ class WeightSync:
     probe_ids: NDArray[np.int32]
     group: dist.ProcessGroup
     teacher_follows: bool = False
+    groups: KeptGroups | None = None
 
     def publish(self, version: int) -> float:
         """Send the current weights as ``version``.
@@ -105,7 +110,7 @@ class WeightSync:
         self, version: int, *, averaged: bool, probe: NDArray[np.float32] | None = None
     ) -> float:
         """The weights to the student's engines, or their average to the teacher's."""
-        send = self._send_tensors if self.serving.weight_sync == "tensor" else self._send_folder
+        send = self._send_folder if self.serving.weight_sync == "disk" else self._send_tensors
         for attempt in range(1, SEND_ATTEMPTS + 1):
             sent = send(version, averaged, probe)
             if sent.problem is None:
@@ -136,28 +141,37 @@ class WeightSync:
 
         def load() -> _Sent:
             try:
-                return self._update_engines(TensorTransfer(buckets), version, averaged, probe)
+                transfer = self._tensor_transfer(buckets)
+                return self._update_engines(transfer, version, averaged, probe)
             finally:
                 # Gathering is collective: when sending fails, the other ranks are still in it.
                 _consume(buckets)
 
         return on_rank_zero(load, self.group, self._engines_timeout)
 
+    def _tensor_transfer(self, buckets: Iterator[NamedTensors]) -> WeightTransfer:
+        if self.serving.weight_sync == "tensor":
+            return TensorTransfer(buckets)
+        assert self.groups is not None
+        return DistributedTransfer(buckets, self.groups)
+
     @property
     def _engines_timeout(self) -> timedelta:
         """Longest time that rank 0 talks to the engines; beyond it, the other ranks give up.
 
         Each answer has its own limit, and a failure there is to be told by rank 0, not cut off by
-        the timeout of collectives. One after the other come: pause, load, continue, and for each
-        engine its version and its probe; one more answer's time is for what is done between them.
-        Before them stands the wait for an engine that is started again.
-        Sent by value, the others wait for one bucket's answers at a time while they gather the
-        next: run.collective_timeout_seconds bounds that.
+        the timeout of collectives. One after the other come: pause, load, flush, continue, and for
+        each engine its version and its probe; one more answer's time is for what is done between
+        them. Before them stands the wait for an engine that is started again.
+        Sent as tensors, there are for each engine its description and the beginning of its update
+        as well, and a group's forming and farewell; the others wait for one bucket's answers at a
+        time while they gather the next, which run.collective_timeout_seconds bounds.
         """
         models = self.serving.models.values()
         engines = max(len(model.addresses) or model.engines for model in models)
-        answers = self.serving.request_timeout_seconds * (4 + 2 * engines)
-        return timedelta(seconds=answers + self.serving.restart_timeout_seconds)
+        answers = 5 + 2 * engines if self.serving.weight_sync == "disk" else 7 + 4 * engines
+        seconds = self.serving.request_timeout_seconds * answers
+        return timedelta(seconds=seconds + self.serving.restart_timeout_seconds)
 
     @property
     def _bucket_bytes(self) -> int:
@@ -187,6 +201,8 @@ class WeightSync:
         try:
             update_weights(
                 *(endpoints, model, transfer, version, timeout),
+                # A teacher's scores of one trajectory must all be of the same weights.
+                running_requests="retract" if averaged else self.serving.requests_in_flight,
                 follows_student=self.teacher_follows,
             )
             if probe is None:
