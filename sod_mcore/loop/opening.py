@@ -57,13 +57,13 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     if is_rank_zero:
         reporter = stack.enter_context(Reporter.open(config, first_step, timeline))
         reporter.say(choose_backend(config.student).describe())
-    watch = _open_watch(config) if endpoints is not None else None
     stop = StopRequest(
         Path(config.run.stop_file or directory / "stop"),
         config.run.stop_grace_seconds,
         on_overdue=ending.record_forced_end,
     )
     ending.begin(stop)
+    watch = _open_watch(config, stop) if endpoints is not None else None
     return Session(
         config,
         student,
@@ -131,9 +131,13 @@ def _open_source(
     return LiveSource(pool, source, config, stop, watch, on_progress)
 
 
-def _open_watch(config: SodConfig) -> EngineWatch:
+def _open_watch(config: SodConfig, stop: StopRequest) -> EngineWatch:
     assert config.serving is not None
-    return EngineWatch(config.serving_directory, config.serving.restart_timeout_seconds)
+    return EngineWatch(
+        config.serving_directory,
+        config.serving.restart_timeout_seconds,
+        should_stop=lambda: stop.reason is not None,
+    )
 
 
 def _open_weight_sync(
