@@ -110,7 +110,7 @@ def seconds_until_back(it: Drill, name: str, number: signal.Signals) -> float:
     """Do something to a process of the fleet; how long it takes until it is ready again."""
     before = server(it, name)
     started = time.monotonic()
-    send(process_of(it, before), number)
+    send(process_of(before), number)
     deadline = started + RECOVERED_SECONDS
 
     def is_back() -> bool:
