@@ -16,12 +16,13 @@ from sod_mcore.data.prompts import PromptSource
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource
-from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError, RolloutPool, Ticket
+from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError, Ticket
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
 from sod_mcore.serving.fleet_state import FleetStateFile
 from sod_mcore.trajectory import Prompt, Trajectory
+from tests.rollout.idle_pool import IdlePool
 
 STEPS = 5
 STUDENT = Endpoints(
@@ -32,7 +33,7 @@ STUDENT = Endpoints(
 PROMPTS = tuple(Prompt((), "", "s", f"p{i}") for i in range(20))
 
 
-class VersionedPool:
+class VersionedPool(IdlePool):
     """Samples each batch with the weights of its submission, and tells when that was."""
 
     def __init__(self) -> None:
@@ -79,7 +80,7 @@ def live_source(pool: VersionedPool, folder: Path, **rollout: int) -> LiveSource
     # A StopRequest proper takes the signals of the process.
     stop = cast(StopRequest, SimpleNamespace(reason=None))
     watch = EngineWatch(folder / "no_fleet", patience_seconds=0.0)
-    return LiveSource(cast(RolloutPool, pool), source, config, stop, watch)
+    return LiveSource(pool, source, config, stop, watch)
 
 
 def run_steps(source: LiveSource, pool: VersionedPool, first_step: int = 0) -> list[list[str]]:
