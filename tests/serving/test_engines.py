@@ -122,7 +122,7 @@ def test_sampled_logprobs_are_tempered(
     expected = reference_logprobs(live_fleet.student, whole, temperature)
     positions = np.arange(len(ids), len(whole))
     np.testing.assert_allclose(
-        generation.logprobs, expected[positions, generation.token_ids], atol=TOLERANCE
+        generation.logprobs, expected[positions, generation.token_ids], atol=2 * TOLERANCE
     )
     assert generation.finish_reason == "length"
     if sampling["temperature"] == 0.0:
