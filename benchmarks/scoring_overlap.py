@@ -1,6 +1,6 @@
 """How much of the teacher's scoring the rollout hides.
 
-    .venv/bin/python -m benchmarks.scoring_overlap [--delay 1.0] [--repetitions 3]
+    .venv/bin/python -m benchmarks.scoring_overlap [--delay 0.25] [--repetitions 3]
 
 The arithmetic example's teacher plays its problems greedily, so that every rollout is the same
 work, and scores them behind a proxy that answers ``--delay`` seconds late. Three things are
@@ -8,6 +8,9 @@ measured in turn: a batch without scores, a batch with scores, and the scores of
 alone, with as many connections. What is hidden is
 
     1 - (with scores - without) / (scores alone).
+
+No more can be hidden than the rollout lasts, and the score of the last trajectory never is: a delay
+at which the scores alone take longer than the rollout measures that, and not the overlap.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from sod_mcore.trajectory import Prompt, Trajectory
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLE = REPOSITORY / "examples" / "arithmetic"
-PROMPTS = 128
+PROMPTS = 256
 CONNECTIONS = 8
 """Open requests to each model, and conversations at a time."""
 COLLECT_SECONDS = 600.0
@@ -70,7 +73,7 @@ class Times:
 def main() -> None:
     """Print one Markdown row for each repetition, and the median."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--delay", type=float, default=1.0, help="seconds")
+    parser.add_argument("--delay", type=float, default=0.25, help="seconds")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--served", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

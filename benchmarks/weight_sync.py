@@ -1,11 +1,12 @@
-"""How long a weight sync takes, and what it adds to rank 0's memory: by disk and by tensor.
+"""How long a weight sync takes, and what it adds to rank 0's memory: every way, beside the folder.
 
-    .venv/bin/python -m benchmarks.weight_sync [--repetitions 3] [--bucket-mb 64]
+    .venv/bin/python -m benchmarks.weight_sync [--repetitions 3] [--bucket-mb 64] [--engines 1]
 
-Starts a real engine with a random model of each size, and changes its weights in turn by each way
+Starts real engines with a random model of each size, and changes their weights in turn by each way
 with the code that the trainer uses. Seconds are those from the first tensor to confirmed engines,
 the writing of the folder included; memory is the growth of this process's peak. The order of the
-ways alternates, so that a busy machine slows both.
+ways rotates from round to round, so that a busy machine slows all. Shared memory is no setting: it
+is measured to show what leaving it out costs.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.shared_memory_transfer import SharedMemoryTransfer
 from sod_mcore.serving.disk_transfer import DiskTransfer
+from sod_mcore.serving.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.fleet import Endpoints, endpoints_path, read_endpoints
+from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.serving.tensor_transfer import TensorTransfer
+from sod_mcore.serving.weight_transfer import WeightTransfer
 from sod_mcore.serving.weights import update_weights
 from sod_mcore.student.conversion.export import NamedTensors
 from sod_mcore.student.conversion.save import save_hf_folder
@@ -35,6 +42,7 @@ REPOSITORY = Path(__file__).parents[1]
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
 UPDATE_SECONDS = 300.0
+WAYS = ("disk", "tensor", "distributed", "shared memory")
 SIZES = {
     "0.2M": {"hidden_size": 64, "layers": 2, "vocab_size": 1536},
     "135M": {"hidden_size": 576, "layers": 30, "vocab_size": 49152},
@@ -54,19 +62,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--bucket-mb", type=int, default=64)
+    parser.add_argument("--engines", type=int, default=1)
     options = parser.parse_args()
     print("| parameters | model, MB | way | seconds | of disk | extra peak memory, MB | of disk |")
     print("|---|---|---|---|---|---|---|")
     for name in SIZES:
         with tempfile.TemporaryDirectory() as folder:
-            measure_size(name, Path(folder), options.repetitions, options.bucket_mb << 20)
+            measure_size(name, Path(folder), options)
 
 
-def measure_size(name: str, folder: Path, repetitions: int, bucket_bytes: int) -> None:
+def measure_size(name: str, folder: Path, options: argparse.Namespace) -> None:
     """Serve a model of one size and print its rows."""
     model = save_model(name, folder / "model")
     size = sum(parameter.nbytes for parameter in model.parameters())
-    config = write_config(folder)
+    config = write_config(folder, options.engines)
     with (folder / "serving.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "sod_mcore.serving", str(config)],
@@ -76,7 +85,10 @@ def measure_size(name: str, folder: Path, repetitions: int, bucket_bytes: int) -
         )
         try:
             endpoints = wait_until_served(server, folder)
-            results = measure(model, endpoints, folder, repetitions, bucket_bytes)
+            bucket_bytes = options.bucket_mb << 20
+            with closing(KeptGroups(endpoints, torch.device("cpu"), UPDATE_SECONDS)) as groups:
+                trainer = Trainer(model, endpoints, groups, folder, bucket_bytes)
+                results = measure(trainer, options.repetitions)
         finally:
             server.terminate()
             server.wait(timeout=STOP_SECONDS)
@@ -111,9 +123,10 @@ def save_model(name: str, folder: Path) -> Qwen3ForCausalLM:
     return model
 
 
-def write_config(folder: Path) -> Path:
-    """A fleet of one engine."""
-    engine = {"model_path": str(folder / "model"), "max_total_tokens": 1024}
+def write_config(folder: Path, engines: int) -> Path:
+    """A fleet of ``engines`` engines."""
+    model = str(folder / "model")
+    engine = {"model_path": model, "max_total_tokens": 1024, "engines": engines}
     tree = {
         "run": {"directory": str(folder / "run")},
         "student": {"model_path": str(folder / "model")},
@@ -135,30 +148,41 @@ def wait_until_served(server: subprocess.Popen[bytes], folder: Path) -> Endpoint
     return read_endpoints(folder / "run")
 
 
-def measure(
-    model: Qwen3ForCausalLM,
-    endpoints: Endpoints,
-    folder: Path,
-    repetitions: int,
-    bucket_bytes: int,
-) -> dict[str, Measurement]:
-    """Both ways in turn; the first round warms up and does not count."""
+@dataclass(frozen=True)
+class Trainer:
+    """What rank 0 of a trainer has, and does for each way."""
 
-    def by_disk(version: int) -> None:
-        save_hf_folder(buckets(model, bucket_bytes), folder / "model", folder / "weights")
-        transfer = DiskTransfer(folder / "weights")
-        update_weights(endpoints, "student", transfer, version, UPDATE_SECONDS)
+    model: Qwen3ForCausalLM
+    endpoints: Endpoints
+    groups: KeptGroups
+    folder: Path
+    bucket_bytes: int
 
-    def by_tensor(version: int) -> None:
-        transfer = TensorTransfer(buckets(model, bucket_bytes))
-        update_weights(endpoints, "student", transfer, version, UPDATE_SECONDS)
+    def publish(self, way: str, version: int) -> None:
+        """One sync."""
+        update_weights(self.endpoints, "student", self._transfer(way), version, UPDATE_SECONDS)
 
-    ways: dict[str, Callable[[int], None]] = {"disk": by_disk, "tensor": by_tensor}
-    samples: dict[str, list[Measurement]] = {way: [] for way in ways}
+    def _transfer(self, way: str) -> WeightTransfer:
+        new = buckets(self.model, self.bucket_bytes)
+        if way == "tensor":
+            return TensorTransfer(new)
+        if way == "distributed":
+            return DistributedTransfer(new, self.groups)
+        if way == "shared memory":
+            return SharedMemoryTransfer(new)
+        save_hf_folder(new, self.folder / "model", self.folder / "weights")
+        return DiskTransfer(self.folder / "weights")
+
+
+def measure(trainer: Trainer, repetitions: int) -> dict[str, Measurement]:
+    """All ways in turn; the first round warms up and does not count."""
+    samples: dict[str, list[Measurement]] = {way: [] for way in WAYS}
+    version = 0
     for round_number in range(repetitions + 1):
-        order = list(ways) if round_number % 2 else list(reversed(ways))
-        for way in order:
-            sample = measure_once(ways[way], 2 * round_number + order.index(way) + 1)
+        first = round_number % len(WAYS)
+        for way in WAYS[first:] + WAYS[:first]:
+            version += 1
+            sample = measure_once(partial(trainer.publish, way, version))
             if round_number:
                 samples[way].append(sample)
     return {
@@ -170,11 +194,11 @@ def measure(
     }
 
 
-def measure_once(update: Callable[[int], None], version: int) -> Measurement:
+def measure_once(update: Callable[[], None]) -> Measurement:
     """One sync."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, start = memory_bytes("VmRSS"), time.monotonic()
-    update(version)
+    update()
     return Measurement(time.monotonic() - start, memory_bytes("VmHWM") - before)
 
 

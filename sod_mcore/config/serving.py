@@ -103,9 +103,14 @@ class ServingConfig:
     more often a short one."""
     max_connections: Positive = 256
     """Open requests to one model."""
-    weight_sync: Literal["disk", "tensor"] = "disk"
+    weight_sync: Literal["disk", "tensor", "distributed"] = "disk"
     """How new weights reach the student's engines: as a folder in run.directory that every engine
-    reads, or by value over HTTP, without a disk."""
+    reads; or without a disk, by value over HTTP, or by broadcast in a process group of rank 0 and
+    the engines (NCCL where both have GPUs, else gloo)."""
+    requests_in_flight: Literal["retract", "in_place"] = "retract"
+    """What becomes of requests that new weights interrupt. retract computes their prefix anew with
+    the new weights; in_place goes on with the keys and values of the old ones, and while any
+    request runs leaves the prefix cache as it is, so that new requests use them as well."""
     weight_bucket_mb: Positive = 256
     """Weights gathered and sent at a time, MiB; bounds what weight_sync adds to rank 0's memory. A
     tensor that is larger, as the embedding may be, goes alone."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from sod_mcore.report.step_timeline import StepTimeline
 from sod_mcore.rollout.open_pool import open_pool
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
+from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.student.backend import choose_backend
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed
@@ -54,13 +56,13 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     if is_rank_zero:
         reporter = stack.enter_context(Reporter.open(config, first_step, timeline))
         reporter.say(choose_backend(config.student).describe())
-    watch = _open_watch(config) if endpoints is not None else None
     stop = StopRequest(
         Path(config.run.stop_file or directory / "stop"),
         config.run.stop_grace_seconds,
         on_overdue=ending.record_forced_end,
     )
     ending.begin(stop)
+    watch = _open_watch(config, stop) if endpoints is not None else None
     return Session(
         config,
         student,
@@ -68,7 +70,7 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
         _open_source(config, prompts, pool, watch, reporter, stop) if is_rank_zero else None,
         pool,
         watch,
-        _open_weight_sync(config, student, endpoints, watch) if is_live else None,
+        _open_weight_sync(config, student, endpoints, watch, stack) if is_live else None,
         prompts.evaluation,
         reporter,
         stop,
@@ -128,9 +130,13 @@ def _open_source(
     return LiveSource(pool, source, config, stop, watch, on_progress)
 
 
-def _open_watch(config: SodConfig) -> EngineWatch:
+def _open_watch(config: SodConfig, stop: StopRequest) -> EngineWatch:
     assert config.serving is not None
-    return EngineWatch(config.serving_directory, config.serving.restart_timeout_seconds)
+    return EngineWatch(
+        config.serving_directory,
+        config.serving.restart_timeout_seconds,
+        should_stop=lambda: stop.reason is not None,
+    )
 
 
 def _open_weight_sync(
@@ -138,8 +144,13 @@ def _open_weight_sync(
     student: Student,
     endpoints: Endpoints | None,
     watch: EngineWatch | None,
+    stack: ExitStack,
 ) -> WeightSync:
     assert config.serving is not None
+    groups = None
+    if config.serving.weight_sync == "distributed" and endpoints is not None:
+        timeout = config.serving.request_timeout_seconds
+        groups = stack.enter_context(closing(KeptGroups(endpoints, student.layout.device, timeout)))
     return WeightSync(
         student=student,
         endpoints=endpoints,
@@ -150,4 +161,5 @@ def _open_weight_sync(
         probe_ids=probe_token_ids(student.vocab_size, config.run.seed),
         group=student.layout.world_group,
         teacher_follows=config.averages_weights,
+        groups=groups,
     )

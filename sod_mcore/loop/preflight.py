@@ -196,7 +196,7 @@ def check_engines(config: SodConfig, prompts: RunPrompts) -> Endpoints:
     """Engines that answer, with room for the longest trajectory."""
     endpoints = live_endpoints(config)
     _check_served_models(endpoints, config, prompts)
-    if config.serving is not None and config.serving.weight_sync == "tensor":
+    if config.serving is not None and config.serving.weight_sync != "disk":
         engine_shapes(endpoints.model("student"))
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for name, model in endpoints.models.items():

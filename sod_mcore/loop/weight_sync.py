@@ -2,7 +2,7 @@
 
 A teacher that is an average of the student's weights gets that average in the same way.
 
-The weights travel as a Hugging Face folder or by value (``serving.weight_sync``). Either way the
+The weights travel as a Hugging Face folder or as tensors (``serving.weight_sync``). Either way the
 engines report the version and score a fixed probe; the trainer scores the same probe. A difference
 means that the rollouts would come from another model than the one that is trained, so the run
 stops. An engine that dies meanwhile does not stop it: the others get the weights, and it does when
@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from sod_mcore.config import ServingConfig
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.serving.disk_transfer import DiskTransfer
+from sod_mcore.serving.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.fleet import Endpoints
 from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError
 from sod_mcore.serving.weights import probe_logprobs, update_weights
@@ -45,6 +47,25 @@ NOTICED_SECONDS = 3.0
 
 class WeightMismatchError(RuntimeError):
     """Trainer and engine disagree about the log-probs of the probe."""
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One try to send the weights.
+
+    Attributes:
+        endpoints: the fleet with the engines that get them.
+        version: their number.
+        averaged: whether it is their average, for the teacher.
+        probe: the trainer's log-probs of the probe; None to compare nothing.
+        is_last_try: whether an engine that dies ends the run.
+    """
+
+    endpoints: Endpoints
+    version: int
+    averaged: bool
+    probe: NDArray[np.float32] | None
+    is_last_try: bool
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,8 @@ class WeightSync:
         probe_ids: int32 ``[n]``, the token ids that engine and trainer both score.
         teacher_follows: the teacher's engines get the average of the weights. Only their version is
             confirmed: the trainer has no model with the average to score the probe.
+        groups: process groups with the engines; None on ranks other than 0, and where
+            ``serving.weight_sync`` needs none.
     """
 
     student: Student
@@ -83,12 +106,14 @@ class WeightSync:
     probe_ids: NDArray[np.int32]
     group: dist.ProcessGroup
     teacher_follows: bool = False
+    groups: KeptGroups | None = None
 
-    def publish(self, version: int) -> float:
+    def publish(self, version: int) -> float | None:
         """Send the current weights as ``version``.
 
         Returns:
-            the largest difference between trainer's and engines' log-probs of the probe, nats.
+            the largest difference between trainer's and engines' log-probs of the probe, nats; None
+            if the run was asked to stop while no engine was there, so that nothing was sent.
 
         Raises:
             WeightUpdateError: an engine did not take the weights; all engines stay paused.
@@ -97,67 +122,85 @@ class WeightSync:
         """
         ours = self._trainer_logprobs()
         difference = self._send(version, averaged=False, probe=ours)
-        if self.teacher_follows:
-            self._send(version, averaged=True)
+        if difference is not None and self.teacher_follows:
+            self._send(version, averaged=True, probe=None)
         return difference
 
     def _send(
-        self, version: int, *, averaged: bool, probe: NDArray[np.float32] | None = None
-    ) -> float:
+        self, version: int, *, averaged: bool, probe: NDArray[np.float32] | None
+    ) -> float | None:
         """The weights to the student's engines, or their average to the teacher's."""
-        send = self._send_tensors if self.serving.weight_sync == "tensor" else self._send_folder
-        for attempt in range(1, SEND_ATTEMPTS + 1):
-            sent = send(version, averaged, probe)
+        send = self._send_folder if self.serving.weight_sync == "disk" else self._send_tensors
+        for tries_left in reversed(range(SEND_ATTEMPTS)):
+            endpoints = self._wait_for_engines(version, averaged)
+            if endpoints is None:
+                return None
+            sent = send(_Update(endpoints, version, averaged, probe, tries_left == 0))
             if sent.problem is None:
                 return sent.difference
-            if attempt == SEND_ATTEMPTS:
-                break
-        raise WeightUpdateError(f"gave up after {SEND_ATTEMPTS} tries: {sent.problem}")
+        raise AssertionError("unreachable: the last try returns or raises")
 
-    def _send_folder(
-        self, version: int, averaged: bool, probe: NDArray[np.float32] | None
-    ) -> _Sent:
-        folder = self.directory / _folder_name(version, averaged)
-        self.student.export_hf(folder, bucket_bytes=self._bucket_bytes, averaged=averaged)
+    def _wait_for_engines(self, version: int, averaged: bool) -> Endpoints | None:
+        """The fleet with the engines that are there, on every rank; None if the run is to stop.
+
+        On its own, so that no rank waits in a collective for an engine that is started again.
+        """
+
+        def wait() -> Endpoints | None:
+            assert self.endpoints is not None
+            assert self.watch is not None
+            return self.watch.begin_update(self.endpoints, _model(averaged), version)
+
+        seconds = self.serving.restart_timeout_seconds + self.serving.request_timeout_seconds
+        return on_rank_zero(wait, self.group, timedelta(seconds=seconds))
+
+    def _send_folder(self, update: _Update) -> _Sent:
+        folder = self.directory / _folder_name(update.version, update.averaged)
+        self.student.export_hf(folder, bucket_bytes=self._bucket_bytes, averaged=update.averaged)
 
         def load() -> _Sent:
-            sent = self._update_engines(DiskTransfer(folder), version, averaged, probe)
-            self._delete_other_versions(version, averaged)
+            sent = self._update_engines(DiskTransfer(folder), update)
+            self._delete_other_versions(update.version, update.averaged)
             return sent
 
         return on_rank_zero(load, self.group, self._engines_timeout)
 
-    def _send_tensors(
-        self, version: int, averaged: bool, probe: NDArray[np.float32] | None
-    ) -> _Sent:
-        buckets = self.student.hf_tensors(self._bucket_bytes, averaged=averaged)
+    def _send_tensors(self, update: _Update) -> _Sent:
+        buckets = self.student.hf_tensors(self._bucket_bytes, averaged=update.averaged)
         if self.student.layout.rank != 0:
             _consume(buckets)
 
         def load() -> _Sent:
             try:
-                return self._update_engines(TensorTransfer(buckets), version, averaged, probe)
+                return self._update_engines(self._tensor_transfer(buckets), update)
             finally:
                 # Gathering is collective: when sending fails, the other ranks are still in it.
                 _consume(buckets)
 
         return on_rank_zero(load, self.group, self._engines_timeout)
 
+    def _tensor_transfer(self, buckets: Iterator[NamedTensors]) -> WeightTransfer:
+        if self.serving.weight_sync == "tensor":
+            return TensorTransfer(buckets)
+        assert self.groups is not None
+        return DistributedTransfer(buckets, self.groups)
+
     @property
     def _engines_timeout(self) -> timedelta:
         """Longest time that rank 0 talks to the engines; beyond it, the other ranks give up.
 
         Each answer has its own limit, and a failure there is to be told by rank 0, not cut off by
-        the timeout of collectives. One after the other come: pause, load, continue, and for each
-        engine its version and its probe; one more answer's time is for what is done between them.
-        Before them stands the wait for an engine that is started again.
-        Sent by value, the others wait for one bucket's answers at a time while they gather the
-        next: run.collective_timeout_seconds bounds that.
+        the timeout of collectives. One after the other come: pause, load, flush, continue, and for
+        each engine its version and its probe; one more answer's time is for what is done between
+        them.
+        Sent as tensors, there are for each engine its description and the beginning of its update
+        as well, and a group's forming and farewell; the others wait for one bucket's answers at a
+        time while they gather the next, which run.collective_timeout_seconds bounds.
         """
         models = self.serving.models.values()
         engines = max(len(model.addresses) or model.engines for model in models)
-        answers = self.serving.request_timeout_seconds * (4 + 2 * engines)
-        return timedelta(seconds=answers + self.serving.restart_timeout_seconds)
+        answers = 5 + 2 * engines if self.serving.weight_sync == "disk" else 7 + 4 * engines
+        return timedelta(seconds=self.serving.request_timeout_seconds * answers)
 
     @property
     def _bucket_bytes(self) -> int:
@@ -171,29 +214,25 @@ class WeightSync:
         values = self.student.compute_logprobs([micro_batch if is_first_replica else []])
         return values[0] if values is not None else None
 
-    def _update_engines(
-        self,
-        transfer: WeightTransfer,
-        version: int,
-        averaged: bool,
-        probe: NDArray[np.float32] | None,
-    ) -> _Sent:
+    def _update_engines(self, transfer: WeightTransfer, update: _Update) -> _Sent:
         """Send the weights to the engines that are there, and compare the probe (rank 0)."""
-        assert self.endpoints is not None
-        assert self.watch is not None
-        model = "teacher" if averaged else "student"
-        timeout = self.serving.request_timeout_seconds
-        endpoints = self.watch.begin_update(self.endpoints, model)
+        requests_in_flight = self.serving.requests_in_flight
         try:
             update_weights(
-                *(endpoints, model, transfer, version, timeout),
+                update.endpoints,
+                _model(update.averaged),
+                transfer,
+                update.version,
+                self.serving.request_timeout_seconds,
+                # A teacher's scores of one trajectory must all be of the same weights.
+                running_requests="retract" if update.averaged else requests_in_flight,
                 follows_student=self.teacher_follows,
             )
-            if probe is None:
+            if update.probe is None:
                 return _Sent()
-            return _Sent(difference=self._check_probe(endpoints, version, probe))
+            return _Sent(self._check_probe(update.endpoints, update.version, update.probe))
         except (WeightUpdateError, EngineError) as error:
-            if not self._has_died(error):
+            if update.is_last_try or not self._has_died(error):
                 raise
             time.sleep(NOTICED_SECONDS)
             return _Sent(problem=str(error))
@@ -222,6 +261,10 @@ class WeightSync:
         for folder in self.directory.glob(f"{_folder_prefix(averaged)}_*"):
             if folder.name not in kept:
                 shutil.rmtree(folder)
+
+
+def _model(averaged: bool) -> str:
+    return "teacher" if averaged else "student"
 
 
 def _consume(buckets: Iterator[NamedTensors]) -> None:

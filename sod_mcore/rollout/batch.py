@@ -53,7 +53,8 @@ async def run_batch(
         )
         for prompt in request.prompts
     ]
-    finished = await first_of([group.run() for group in groups], request.num_prompts)
+    runs = [group.run() for group in groups]
+    finished = await first_of(runs, request.num_prompts, lambda group: bool(group.trajectories))
     progress.end()
     return collect_groups(finished, request, recorder.take())
 

@@ -239,6 +239,11 @@ class ProcessPool(RolloutPool):
         try:
             message = self._inbox.next(wait_seconds)
         except EOFError as error:
+            if not isinstance(error.__cause__, EOFError | OSError):
+                raise RolloutError(
+                    f"a message of the rollout pool cannot be read: {error.__cause__!r}; its log "
+                    f"is {self._log_path}"
+                ) from error
             raise self._died() from error
         if isinstance(message, PoolReady):
             self._is_ready = True
@@ -278,7 +283,7 @@ class _Inbox:
             return None
         if isinstance(message, _Closed):
             self._messages.put(message)
-            raise EOFError
+            raise EOFError from message.cause
         return message
 
     def join(self) -> None:
@@ -289,9 +294,13 @@ class _Inbox:
         try:
             while True:
                 self._messages.put(self._connection.recv())
-        except (EOFError, OSError):
-            self._messages.put(_Closed())
+        except Exception as error:
+            # Also what cannot be unpickled: nothing that comes after it could be read.
+            self._messages.put(_Closed(error))
 
 
+@dataclass(frozen=True)
 class _Closed:
-    """The pipe's other end is closed."""
+    """The pipe's other end is closed, or nothing more can be read from it."""
+
+    cause: Exception

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -14,18 +14,26 @@ async def all_or_first_error(jobs: Sequence[Coroutine[Any, Any, Result]]) -> lis
     return await first_of(jobs, len(jobs))
 
 
-async def first_of(jobs: Sequence[Coroutine[Any, Any, Result]], count: int) -> list[Result]:
-    """Results of the first ``count`` jobs to finish, in the order of ``jobs``; the rest are ended.
+async def first_of(
+    jobs: Sequence[Coroutine[Any, Any, Result]],
+    count: int,
+    is_wanted: Callable[[Result], bool] = lambda result: True,
+) -> list[Result]:
+    """Results of the first ``count`` wanted jobs to finish, in the order of ``jobs``.
 
-    The first error ends all of them and is raised.
+    The other jobs are ended. Where fewer are wanted, unwanted ones fill up. The first error ends
+    all jobs and is raised.
     """
     tasks = [asyncio.create_task(job) for job in jobs]
     try:
-        for number_done, earliest in enumerate(asyncio.as_completed(tasks), start=1):
-            await earliest
-            if number_done == count:
+        num_wanted = 0
+        for earliest in asyncio.as_completed(tasks):
+            num_wanted += is_wanted(await earliest)
+            if num_wanted == count:
                 break
-        return [task.result() for task in tasks if task.done()][:count]
+        done = [task for task in tasks if task.done()]
+        best = sorted(done, key=lambda task: not is_wanted(task.result()))[:count]
+        return [task.result() for task in tasks if task in best]
     finally:
         await cancel(*tasks)
 

@@ -292,17 +292,24 @@ class EngineClient:
             return
         started = loop.time()
         try:
-            async with asyncio.timeout(self._restart_timeout_seconds):
-                await replicas.wait_until_usable()
-        except TimeoutError:
-            message = (
-                f"{model}: none of its {len(replicas.all)} engine(s) could be used for "
-                f"{self._restart_timeout_seconds:g} s (serving.restart_timeout_seconds): "
-                f"{replicas.problems()}"
-            )
-            raise EngineError(message, retryable=True) from None
+            await self._wait_while_some_may_come(model, replicas)
         finally:
             self._tallies[model].add(seconds_waited=loop.time() - started)
+
+    async def _wait_while_some_may_come(self, model: str, replicas: Replicas) -> None:
+        """A healthy engine that lacks weights gets them when the trainer has time for it, which may
+        be after a long step: the caller's own deadline bounds that wait."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._restart_timeout_seconds):
+                    return await replicas.wait_until_usable()
+            if not replicas.wait_for_weights:
+                raise EngineError(
+                    f"{model}: none of its {len(replicas.all)} engine(s) answered for "
+                    f"{self._restart_timeout_seconds:g} s (serving.restart_timeout_seconds; raise "
+                    f"it where a restart takes longer): {replicas.problems()}",
+                    retryable=True,
+                )
 
     @property
     def _connections(self) -> _Connections:

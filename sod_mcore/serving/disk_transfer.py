@@ -36,11 +36,13 @@ class DiskTransfer:
             except SafetensorError as error:
                 raise WeightUpdateError(f"{file} is damaged ({error}); export it again") from error
 
-    async def send(self, client: EngineClient, endpoints: ModelEndpoints, version: int) -> None:
+    async def send(
+        self, client: EngineClient, endpoints: ModelEndpoints, version: int, *, flush_cache: bool
+    ) -> None:
         """Let every engine load the folder."""
         request = {
             "model_path": str(self.folder.resolve()),
             "weight_version": str(version),
-            "flush_cache": True,
+            "flush_cache": flush_cache,
         }
         await post_to_all(client, endpoints.engines, "update_weights_from_disk", request)

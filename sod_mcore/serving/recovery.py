@@ -8,12 +8,15 @@ second later at the earliest, and with 503 after 20 s while it is paused for new
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from dataclasses import dataclass
 
 from sod_mcore.serving.json_http import EngineError, JsonHttp
 from sod_mcore.serving.messages import parse_weight_version
 from sod_mcore.serving.replicas import DownReason, Replica, Replicas
+
+logger = logging.getLogger(__name__)
 
 VERSION_SECONDS = 10.0
 """Longest wait for an engine's weight version, which it has at hand."""
@@ -79,7 +82,12 @@ class Recovery:
         loop = asyncio.get_running_loop()
         while not replica.is_up:
             await asyncio.sleep(replica.next_check - loop.time())
-            problem, reason = await self._ask(replicas, replica)
+            try:
+                problem, reason = await self._ask(replicas, replica)
+            except Exception as error:
+                # The check must go on whatever an engine answers: nobody else would use it again.
+                logger.exception("%s cannot be asked", replica.url)
+                problem, reason = f"{replica.url}: {error!r}", "failed"
             if problem is None:
                 replicas.mark_up(replica)
             else:

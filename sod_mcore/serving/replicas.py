@@ -218,6 +218,11 @@ class Replicas:
         """Wait until a request has somewhere to go; see :attr:`are_usable`."""
         await self._usable.wait()
 
+    @property
+    def wait_for_weights(self) -> bool:
+        """Whether an engine is well and only lacks the weights that are required."""
+        return any(not replica.is_up and replica.down_reason == "stale" for replica in self.all)
+
     def problems(self) -> str:
         """Each engine with what it last said."""
         return "; ".join(f"{r.url}: {r.last_problem or 'not asked yet'}" for r in self.all)

@@ -129,6 +129,7 @@ class Server:
         try:
             while self._running_child.exit_code is None:
                 if silence.done():
+                    silence.result()  # raises what ended it otherwise
                     seconds = self._serving.health_timeout_seconds
                     return f"did not answer for {seconds:g} s (serving.health_timeout_seconds)"
                 await asyncio.sleep(POLL_SECONDS)
@@ -157,6 +158,7 @@ class Server:
         Raises:
             FleetError: it died too often, or cannot be ended.
         """
+        self._record("restarting")  # first: ending what is left of it may take a while
         name, child = self.spec.name, self._running_child
         lines = _last_lines(child)
         if not await asyncio.to_thread(self._children.kill, child):
@@ -167,7 +169,6 @@ class Server:
             self._record("given up")
             tries = f" after {most} restarts in {window:g} s (serving.max_restarts)" if most else ""
             raise FleetError(f"{name} {cause}{tries}; {lines}")
-        self._record("restarting")
         self._say(f"{name} {cause}; it is started again in {pause:g} s; {lines}")
         await asyncio.sleep(pause)
         return await self._start_again()

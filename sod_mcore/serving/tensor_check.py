@@ -9,7 +9,7 @@ started from.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -60,9 +60,26 @@ _MEND = "make it readable to the trainer, or set serving.weight_sync=disk"
 
 def _purpose(endpoints: ModelEndpoints) -> str:
     return (
-        f"serving.weight_sync=tensor compares names and shapes with the engine's folder "
-        f"{endpoints.model_path}"
+        "tensors that travel without a disk (serving.weight_sync) are compared with the engine's "
+        f"folder {endpoints.model_path}"
     )
+
+
+def checked_buckets(buckets: Iterable[Bucket], shapes: Shapes) -> Iterator[Bucket]:
+    """The same buckets, each checked by :func:`require_loadable` before it is yielded.
+
+    Raises:
+        WeightUpdateError: a tensor cannot be loaded, or one of the engine's is missing at the end.
+    """
+    missing = set(shapes)
+    for bucket in buckets:
+        require_loadable(bucket, shapes)
+        missing -= {name for name, _ in bucket}
+        yield bucket
+    if missing:
+        raise WeightUpdateError(
+            f"{len(missing)} of the engine's weights were not sent, {min(missing)!r} among them"
+        )
 
 
 def require_loadable(bucket: Bucket, shapes: Shapes) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import pickle
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -18,9 +18,8 @@ import torch
 
 from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import ModelEndpoints
-from sod_mcore.serving.json_http import EngineError
-from sod_mcore.serving.tensor_check import Bucket, engine_shapes, require_loadable
-from sod_mcore.serving.weight_transfer import WeightUpdateError, post_to_all
+from sod_mcore.serving.receivers import Receiver, close_receivers, open_receivers
+from sod_mcore.serving.tensor_check import Bucket, checked_buckets, engine_shapes
 
 CHUNK_BYTES = 3 << 20
 """Encoded at a time; divisible by 3, so that the pieces of base64 join without padding."""
@@ -41,72 +40,39 @@ class TensorTransfer:
         """Refuse engines whose folder cannot be read; see :func:`engine_shapes`."""
         engine_shapes(endpoints)
 
-    async def send(self, client: EngineClient, endpoints: ModelEndpoints, version: int) -> None:
+    async def send(
+        self, client: EngineClient, endpoints: ModelEndpoints, version: int, *, flush_cache: bool
+    ) -> None:
         """Give each bucket to every engine before the next one is made.
 
         Raises:
             EngineError: an engine refused or did not answer; its weights are now of two versions.
             WeightUpdateError: a tensor does not fit the engine, or one is missing at the end.
         """
-        receivers = [await _open_receiver(client, url) for url in endpoints.engines]
-        shapes = engine_shapes(endpoints)
-        missing = set(shapes)
-        for bucket in self.buckets:
-            require_loadable(bucket, shapes)
-            missing -= {name for name, _ in bucket}
+        receivers = await open_receivers(client, endpoints.engines)
+        for bucket in checked_buckets(self.buckets, engine_shapes(endpoints)):
             await _send_to_all(client, receivers, _pickled(bucket))
-        if missing:
-            raise WeightUpdateError(
-                f"{len(missing)} of the engine's weights were not sent, {min(missing)!r} among them"
-            )
         # An empty bucket closes the update: only now has an engine the whole of the new version.
-        await _send_to_all(client, receivers, _pickled([]), version)
-        with_session = [receiver.url for receiver in receivers if receiver.has_session]
-        await post_to_all(client, with_session, "end_weight_update", {})
-
-
-@dataclass(frozen=True)
-class _Receiver:
-    """An engine that takes tensors.
-
-    Attributes:
-        copies: tensor-parallel size; each rank of the engine reads an entry of its own.
-        has_session: whether this version of SGLang wants to be told where an update ends.
-    """
-
-    url: str
-    copies: int
-    has_session: bool
-
-
-async def _open_receiver(client: EngineClient, url: str) -> _Receiver:
-    copies = int((await client.get(f"{url}/server_info")).get("tp_size", 1))
-    return _Receiver(url, copies, await _begin_session(client, url))
-
-
-async def _begin_session(client: EngineClient, url: str) -> bool:
-    """Open the session that SGLang 0.5.21 and later demand; False where there is none."""
-    try:
-        await client.post(f"{url}/begin_weight_update", {})
-    except EngineError as error:
-        if error.status == 404:
-            return False
-        if error.status != 400:
-            raise
-        # An update that broke off has left its session open.
-        await client.post(f"{url}/end_weight_update", {})
-        await client.post(f"{url}/begin_weight_update", {})
-    return True
+        await _send_to_all(client, receivers, _pickled([]), version, flush_cache=flush_cache)
+        await close_receivers(client, receivers)
 
 
 async def _send_to_all(
-    client: EngineClient, receivers: Sequence[_Receiver], payload: bytes, version: int | None = None
+    client: EngineClient,
+    receivers: Sequence[Receiver],
+    payload: bytes,
+    version: int | None = None,
+    *,
+    flush_cache: bool = False,
 ) -> None:
+    fields: dict[str, bool | str] = {"flush_cache": flush_cache}
+    if version is not None:
+        fields["weight_version"] = str(version)
     await asyncio.gather(
         *(
             client.post_stream(
                 f"{receiver.url}/update_weights_from_tensor",
-                _request_body(payload, receiver.copies, version),
+                _request_body(fields, payload, receiver.ranks),
             )
             for receiver in receivers
         )
@@ -124,14 +90,10 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if is_view else tensor
 
 
-async def _request_body(payload: bytes, copies: int, version: int | None) -> AsyncIterator[bytes]:
-    """The JSON document, piece by piece: in one piece it would be a third larger than the bucket.
-
-    The cache is emptied once, at the end, when the version is given.
-    """
-    fields: dict[str, bool | str] = {"flush_cache": version is not None}
-    if version is not None:
-        fields["weight_version"] = str(version)
+async def _request_body(
+    fields: Mapping[str, bool | str], payload: bytes, copies: int
+) -> AsyncIterator[bytes]:
+    """The JSON document, piece by piece: the whole would be a third larger than the bucket."""
     yield orjson.dumps(fields).removesuffix(b"}") + b',"serialized_named_tensors":['
     view = memoryview(payload)
     for copy in range(copies):

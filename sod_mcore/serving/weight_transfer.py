@@ -1,7 +1,7 @@
 """What every way of bringing weights to an engine has in common: the interface, and the error.
 
 The frame (pause, transfer, confirm, continue) is in ``weights``; a transfer only moves numbers. So
-a further way, a process group for instance, is one more class.
+a further way is one more class.
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ class WeightTransfer(Protocol):
             WeightUpdateError: names what is wrong, and the mend.
         """
 
-    async def send(self, client: EngineClient, endpoints: ModelEndpoints, version: int) -> None:
-        """Load the weights into every engine of the model, and empty their prefix caches.
+    async def send(
+        self, client: EngineClient, endpoints: ModelEndpoints, version: int, *, flush_cache: bool
+    ) -> None:
+        """Load the weights into every engine of the model.
 
         From then on they report ``version``, and not before: until all weights have arrived, an
         engine holds some of each version.
+
+        Args:
+            flush_cache: empty their prefix caches; an engine refuses that, and with it the version,
+                while requests are paused in place.
 
         Raises:
             EngineError: an engine refused or did not answer.

@@ -2,12 +2,14 @@
 
 Called by the trainer, which is synchronous. Weights go to each engine directly: a router would
 reach only one of them. A teacher never changes, unless it is said to follow the student. How the
-numbers travel is a :class:`WeightTransfer`: ``disk_transfer``, ``tensor_transfer``.
+numbers travel is a :class:`WeightTransfer`: ``disk_transfer``, ``tensor_transfer``,
+``distributed_transfer``.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import Endpoints
-from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.json_http import EngineError, JsonHttp
 from sod_mcore.serving.messages import TokenIds, parse_weight_version
 from sod_mcore.serving.scoring import score
 from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError, post_to_all
@@ -23,6 +25,11 @@ from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError,
 TRAINED_MODEL = "student"
 FOLLOWING_MODEL = "teacher"
 """May hold an average of the student's weights."""
+FLUSHED, NOT_IDLE = 200, 400
+"""Statuses of ``/flush_cache``, whose answer is no JSON."""
+
+RunningRequests = Literal["retract", "in_place", "abort"]
+"""What becomes of requests that an update interrupts: SGLang's modes of ``/pause_generation``."""
 OUTAGE_SECONDS = 5.0
 """Longest wait for an engine that fails meanwhile: when it is started again, it holds other weights
 than those that are asked about."""
@@ -35,14 +42,14 @@ def update_weights(
     version: int,
     timeout: float,
     *,
-    running_requests: Literal["continue", "abort"] = "continue",
+    running_requests: RunningRequests = "retract",
     follows_student: bool = False,
 ) -> None:
     """Bring new weights to every engine of ``model``, and confirm the version that each reports.
 
-    Generation stands still meanwhile, and the prefix cache, which holds the old weights' keys and
-    values, is emptied. When an engine fails, all of them stay paused, for some may hold weights of
-    both versions: a second call may mend that.
+    Generation stands still meanwhile. The prefix cache, which holds the old weights' keys and
+    values, is emptied, unless requests go on in place. When an engine fails, all of them stay
+    paused, for some may hold weights of both versions: a second call may mend that.
 
     Args:
         endpoints: the fleet.
@@ -50,8 +57,9 @@ def update_weights(
         transfer: the way, with the weights.
         version: number of the weights, which each later answer carries.
         timeout: longest wait in seconds for one answer of an engine.
-        running_requests: "continue" computes their prefix anew with the new weights and goes on;
-            the answer says which version sampled which token. "abort" ends them.
+        running_requests: "retract" computes their prefix anew with the new weights and goes on;
+            "in_place" goes on with the old keys and values. Either way the answer says which
+            version sampled which token. "abort" ends them.
         follows_student: whether the teacher is an average of the student's weights.
 
     Raises:
@@ -66,8 +74,7 @@ def update_weights(
     if version < 0:
         raise ValueError(f"version is {version}; versions count from 0")
     transfer.check(endpoints.model(model))
-    mode = "retract" if running_requests == "continue" else "abort"
-    asyncio.run(_update_all(endpoints, model, transfer, version, timeout, mode))
+    asyncio.run(_update_all(endpoints, model, transfer, version, timeout, running_requests))
 
 
 def weight_versions(endpoints: Endpoints, model: str, timeout: float) -> tuple[int, ...]:
@@ -83,6 +90,31 @@ def weight_versions(endpoints: Endpoints, model: str, timeout: float) -> tuple[i
             return tuple(await asyncio.gather(*(_reported_version(client, url) for url in urls)))
 
     return asyncio.run(ask_all())
+
+
+def reported_versions(urls: Sequence[str], timeout: float) -> dict[str, int | None]:
+    """The weight version that each engine reports; None where there is no answer.
+
+    Args:
+        urls: base URLs of engines, of whatever model.
+        timeout: longest wait in seconds for one answer.
+    """
+
+    async def ask(http: JsonHttp, url: str) -> int | None:
+        try:
+            answer = await http.get(f"{url}/model_info", timeout)
+            return parse_weight_version(answer["weight_version"])
+        except (EngineError, KeyError):
+            return None
+
+    async def ask_all() -> list[int | None]:
+        http = JsonHttp(keep_alive=False)
+        try:
+            return await asyncio.gather(*(ask(http, url) for url in urls))
+        finally:
+            await http.close()
+
+    return dict(zip(urls, asyncio.run(ask_all()), strict=True)) if urls else {}
 
 
 def probe_logprobs(
@@ -114,19 +146,32 @@ async def _update_all(
     transfer: WeightTransfer,
     version: int,
     timeout: float,
-    mode: str,
+    running_requests: RunningRequests,
 ) -> None:
     served = endpoints.model(model)
     async with _client(endpoints, timeout) as client:
         try:
             # All are paused before any is changed, so that no request meets mixed replicas.
-            await post_to_all(client, served.engines, "pause_generation", {"mode": mode})
-            await transfer.send(client, served, version)
+            pause = {"mode": running_requests}
+            await post_to_all(client, served.engines, "pause_generation", pause)
+            is_in_place = running_requests == "in_place"
+            await transfer.send(client, served, version, flush_cache=not is_in_place)
+            if is_in_place:
+                await asyncio.gather(*(_flush_if_idle(client, url) for url in served.engines))
             for url in served.engines:
                 await _confirm(client, url, version)
             await post_to_all(client, served.engines, "continue_generation", {})
         except (EngineError, WeightUpdateError) as error:
             raise WeightUpdateError(f"{model}: version {version} not loaded: {error}") from error
+
+
+async def _flush_if_idle(client: EngineClient, url: str) -> None:
+    """Empty an engine's prefix cache; SGLang refuses that while a request holds part of it."""
+    try:
+        await client.post(f"{url}/flush_cache", {})
+    except EngineError as error:
+        if error.status not in (FLUSHED, NOT_IDLE):
+            raise
 
 
 async def _confirm(client: EngineClient, url: str, version: int) -> None:

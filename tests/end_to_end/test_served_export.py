@@ -1,5 +1,5 @@
 """The exported folder in the hands of others: SGLang serves it, transformers says the same, and
-another run trains it further on the same engines, with weights that travel by value."""
+another run trains it further on the same engines, with weights that are broadcast."""
 
 import copy
 import json
@@ -45,13 +45,13 @@ def served(live_run: LiveRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training_config(live_run: LiveRun, tree: dict[str, Any], folder: Path) -> Path:
-    """Two small steps, with weights that travel by value in buckets of 1 MiB."""
+    """Two small steps, with weights that are broadcast in buckets of 1 MiB."""
     tree = copy.deepcopy(tree)
     tree["run"] = {"directory": str(folder / "run"), "steps": STEPS, "save_every": 0}
     tree["student"]["model_path"] = str(live_run.exported)
     tree["algorithm"] |= {"prompts_per_step": 2, "prompts_per_mini_batch": 1}
     tree["evaluation"] = {}
-    sync = {"weight_sync": "tensor", "weight_bucket_mb": 1, "directory": str(folder)}
+    sync = {"weight_sync": "distributed", "weight_bucket_mb": 1, "directory": str(folder)}
     tree["serving"] |= sync
     return write_config(folder / "train.yaml", tree)
 
@@ -68,7 +68,7 @@ def test_the_export_evaluates_as_it_trained(live_run: LiveRun, served: Path) -> 
     assert abs(accuracy - metrics(live_run.directory)[-1][name]) <= 1 / 32
 
 
-def test_training_goes_on_with_weights_that_travel_by_value(served: Path) -> None:
+def test_training_goes_on_with_weights_that_are_broadcast(served: Path) -> None:
     lines = metrics(served / "run")
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert all(line["weights/probe_difference"] < 1e-4 for line in lines)

@@ -37,6 +37,7 @@ class SyncRun:
     weights: dict[str, torch.Tensor]
     received: list[Received]
     versions: list[str]
+    urls: tuple[str, ...]
     directory: Path
 
     @property
@@ -58,7 +59,8 @@ def sync_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncRun]:
         (folder / "urls.json").write_text(json.dumps(engines.urls))
         run(torchrun(2, "-m", "tests.loop.sync_program", str(folder)), timeout_seconds=400)
         ranks = [json.loads((folder / f"rank_{n}.json").read_text()) for n in range(2)]
-        yield SyncRun(ranks, weights, engines.received[1], engines.versions, folder / "weights")
+        received, versions = engines.received[0], engines.versions
+        yield SyncRun(ranks, weights, received, versions, engines.urls, folder / "weights")
 
 
 def save_model(folder: Path) -> None:
@@ -77,7 +79,7 @@ def save_model(folder: Path) -> None:
     Qwen3ForCausalLM(config).float().save_pretrained(folder)
 
 
-@pytest.mark.parametrize("way", ["disk", "tensor"])
+@pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])
 def test_rank_zero_does_not_grow_by_the_models_size(sync_run: SyncRun, way: str) -> None:
     assert sync_run.model_bytes > 100e6
     growth = sync_run.ranks[0][way]
@@ -91,9 +93,14 @@ def test_the_measurement_sees_a_bucket_as_large_as_the_model(sync_run: SyncRun) 
     assert growth > sync_run.model_bytes
 
 
-def test_all_weights_arrive_in_small_buckets(sync_run: SyncRun) -> None:
-    first = [bucket.version for bucket in sync_run.received].index("1")
-    buckets = sync_run.received[:first]
+@pytest.mark.parametrize(("before", "version"), [(None, "1"), ("8", "9")])
+def test_all_weights_arrive_in_small_buckets(
+    sync_run: SyncRun, before: str | None, version: str
+) -> None:
+    """By value, and through a process group that is used for the second time."""
+    versions = [bucket.version for bucket in sync_run.received]
+    start = 0 if before is None else versions.index(before) + 1
+    buckets = sync_run.received[start : versions.index(version)]
     assert max(bucket.payload_bytes for bucket in buckets) < 2 * (BUCKET_MB << 20)
     arrived = {name: tensor for bucket in buckets for name, tensor in bucket.tensors[0]}
     assert arrived.keys() == sync_run.weights.keys()
@@ -109,10 +116,23 @@ def test_a_failed_sync_ends_on_every_rank_and_the_next_one_works(sync_run: SyncR
     ):
         assert str(first[name]).startswith(f"WeightUpdateError: student: {cause}")
         assert second[name] == f"RankZeroError: {first[name]}"
-    assert sync_run.versions == ["7", "7"]
+    assert sync_run.versions == ["21", "21"]
 
 
-@pytest.mark.parametrize("way", ["disk", "tensor"])
+def test_an_engine_that_dies_in_a_broadcast_is_named_on_every_rank(sync_run: SyncRun) -> None:
+    first, second = sync_run.ranks
+    url = sync_run.urls[1]
+    assert str(first["died in a broadcast"]).startswith(
+        f"WeightUpdateError: student: version 10 not loaded: {url}/update_weights_from_distributed"
+    )
+    assert second["died in a broadcast"] == f"RankZeroError: {first['died in a broadcast']}"
+
+
+def test_the_trainers_own_groups_stay_as_they_are(sync_run: SyncRun) -> None:
+    assert [rank["own groups"] for rank in sync_run.ranks] == ["True, 2 ranks"] * 2
+
+
+@pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])
 def test_an_engine_that_dies_gets_its_weights_later(sync_run: SyncRun, way: str) -> None:
     """The sync is tried again without it, and it is missed when it is there again."""
     result = sync_run.ranks[0]

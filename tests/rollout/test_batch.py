@@ -173,12 +173,19 @@ def test_concurrency_is_bounded() -> None:
 
 
 def test_spare_prompts_hold_nobody_up() -> None:
-    """The two slow prompts are given up, with what ran for them, and nothing of them counts."""
+    """The two slow prompts are given up, with what ran for them, and nothing of them counts; nor
+    does one that cannot be played, while there are others."""
     services = Services({"p0": 100, "p3": 1})
     services.seconds = {"p1": 60.0, "p4": 60.0}
-    result = run(services, request(3, samples=2, spare=2))
-    assert [t.group_id for t in result.trajectories] == ["p2", "p2", "p3", "p3"]
-    assert (result.num_dropped, result.num_retries, result.num_cancelled) == (2, 5, 4)
+    result = run(services, request(3, samples=2, spare=3))
+    assert [t.group_id for t in result.trajectories] == ["p2", "p2", "p3", "p3", "p5", "p5"]
+    assert (result.num_dropped, result.num_retries, result.num_cancelled) == (0, 1, 6)
+
+
+def test_a_prompt_that_fails_counts_where_no_other_is_left() -> None:
+    result = run(Services({"p0": 100, "p1": 100}), request(2, samples=2, spare=1))
+    assert [t.group_id for t in result.trajectories] == ["p2", "p2"]
+    assert result.num_dropped == 2
 
 
 def test_an_error_ends_a_batch_with_spare_prompts() -> None:

@@ -15,6 +15,7 @@ import torch
 from aiohttp import web
 
 from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+from tests.serving.scripted_group import ScriptedRanks
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,13 @@ class ScriptedEngines:
         refusing: index of the engine that refuses weights.
         accepted_buckets: how many it takes before.
         forgetful: index of the engine that keeps its old version.
+        is_busy: whether requests are in flight, whose part of the cache cannot be emptied.
         session: whether the engines know begin_weight_update and end_weight_update.
+        tensor_parallel_sizes: ranks of each engine.
+        absent: index of the engine that never answers when it is to join a group.
+        unwilling: index of the engine that refuses to join a group.
+        dying: index of the engine that ends when it has ``accepted_buckets`` and gets another one.
+        stuck: index of the engine that stands still then.
     """
 
     model_path: Path = Path("folder")
@@ -45,11 +52,23 @@ class ScriptedEngines:
     refusing: int | None = None
     accepted_buckets: int = 0
     forgetful: int | None = None
+    is_busy: bool = False
+    has_broken_cache: bool = False
     session: bool = True
     is_open: list[bool] = field(default_factory=lambda: [False, False])
-    tensor_parallel_size: int = 1
+    tensor_parallel_sizes: tuple[int, int] = (1, 1)
+    pipeline_stages: int = 1
+    absent: int | None = None
+    unwilling: int | None = None
+    dying: int | None = None
+    stuck: int | None = None
+    ranks: tuple[ScriptedRanks, ScriptedRanks] = field(
+        default_factory=lambda: (ScriptedRanks(), ScriptedRanks())
+    )
+    groups: list[str] = field(default_factory=list)
     mode: str = ""
     urls: tuple[str, ...] = ()
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
 
     def application(self, index: int) -> web.Application:
         async def pause(request: web.Request) -> web.Response:
@@ -58,12 +77,21 @@ class ScriptedEngines:
 
         async def update_from_disk(request: web.Request) -> web.Response:
             body = await request.json()
-            assert body["flush_cache"], "the cache holds what the old weights computed"
+            if body["flush_cache"] and self.mode == "in_place" and self.is_busy:
+                return _refusal("Weights were updated, but the cache was not flushed")
             if self.refusing == index:
                 return _refusal("shapes")
             if self.forgetful != index:
                 self.versions[index] = body["weight_version"]
-            return self._note(index, "update")
+            return self._note(index, "update and flush" if body["flush_cache"] else "update")
+
+        async def flush_cache(request: web.Request) -> web.Response:
+            if self.has_broken_cache:
+                return web.Response(text="Internal Server Error", status=500)
+            if self.is_busy:
+                return web.Response(text="Flush cache failed.\n", status=400)
+            self.calls.append((index, "flush"))
+            return web.Response(text="Cache flushed.\n")
 
         async def update_from_tensor(request: web.Request) -> web.Response:
             if self.session and not self.is_open[index]:
@@ -75,6 +103,49 @@ class ScriptedEngines:
             if body.get("weight_version") and self.forgetful != index:
                 self.versions[index] = body["weight_version"]
             return self._note(index, "bucket")
+
+        async def join_group(request: web.Request) -> web.Response:
+            body = await request.json()
+            if self.absent == index:
+                return await self._never()
+            if self.unwilling == index:
+                return _refusal("no such backend")
+            self.groups.append(body["group_name"])
+            failure = await self.ranks[index].join(body, self.tensor_parallel_sizes[index])
+            return self._note(index, "join") if failure is None else _refusal(failure)
+
+        async def update_from_group(request: web.Request) -> web.Response:
+            if self.session and not self.is_open[index]:
+                return _refusal("must run between begin_weight_update() and end_weight_update()")
+            body = await request.json()
+            has_enough = len(self.received[index]) >= self.accepted_buckets
+            if has_enough and self.dying == index:
+                self.ranks[index].die()
+                assert request.transport is not None
+                request.transport.abort()
+            if has_enough and self.stuck == index:
+                return await self._never()
+            tensors = await self.ranks[index].receive(body)
+            if isinstance(tensors, str):
+                return _refusal(tensors)
+            if not body["names"] and not body.get("weight_version"):
+                return self._note(index, "still there")
+            size = sum(tensor.nbytes for _, tensor in tensors[0])
+            version, flush_cache = body.get("weight_version"), body["flush_cache"]
+            self.received[index].append(Received(tensors, size, version, flush_cache))
+            if version and self.forgetful != index:
+                self.versions[index] = version
+            return self._note(index, "bucket")
+
+        async def leave_group(request: web.Request) -> web.Response:
+            if not self.ranks[index].leave((await request.json())["group_name"]):
+                return _refusal("The group to be destroyed does not exist.")
+            return self._note(index, "leave")
+
+        async def follow_script(request: web.Request) -> web.Response:
+            for name, value in (await request.json()).items():
+                setattr(self, name, value)
+            return web.json_response({})
 
         async def begin(request: web.Request) -> web.Response:
             if self.is_open[index]:
@@ -95,7 +166,9 @@ class ScriptedEngines:
             return web.json_response({"weight_version": self.versions[index]})
 
         async def server_info(request: web.Request) -> web.Response:
-            return web.json_response({"tp_size": self.tensor_parallel_size})
+            size = self.tensor_parallel_sizes[index]
+            stages = self.pipeline_stages
+            return web.json_response({"tp_size": size, "pp_size": stages, "device": "cpu"})
 
         async def generate(request: web.Request) -> web.Response:
             ids = (await request.json())["input_ids"]
@@ -106,8 +179,13 @@ class ScriptedEngines:
         application.router.add_post("/pause_generation", pause)
         application.router.add_post("/update_weights_from_disk", update_from_disk)
         application.router.add_post("/update_weights_from_tensor", update_from_tensor)
+        application.router.add_post("/init_weights_update_group", join_group)
+        application.router.add_post("/update_weights_from_distributed", update_from_group)
+        application.router.add_post("/destroy_weights_update_group", leave_group)
+        application.router.add_post("/flush_cache", flush_cache)
         application.router.add_post("/continue_generation", proceed)
         application.router.add_post("/generate", generate)
+        application.router.add_post("/follow_script", follow_script)
         application.router.add_get("/model_info", model_info)
         application.router.add_get("/server_info", server_info)
         if self.session:
@@ -118,6 +196,10 @@ class ScriptedEngines:
     def _note(self, index: int, call: str) -> web.Response:
         self.calls.append((index, call))
         return web.json_response({"success": True})
+
+    async def _never(self) -> web.Response:
+        await self.closing.wait()
+        return _refusal("the test is over")
 
     def call_names(self) -> list[str]:
         """The calls without the engines' numbers."""
@@ -164,6 +246,7 @@ def running_engines(engines: ScriptedEngines | None = None) -> Iterator[Scripted
         engines.urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
 
     async def stop() -> None:
+        engines.closing.set()
         for runner in runners:
             await runner.cleanup()
 

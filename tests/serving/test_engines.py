@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,40 +23,34 @@ from safetensors.torch import load_file, save_file
 from sod_mcore.serving import weights
 from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.disk_transfer import DiskTransfer
+from sod_mcore.serving.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.fleet import Endpoints
 from sod_mcore.serving.fleet_state import read_fleet_state
 from sod_mcore.serving.json_http import EngineError
-from sod_mcore.serving.messages import Generation, SamplingSettings
+from sod_mcore.serving.kept_groups import KeptGroups
+from sod_mcore.serving.messages import SamplingSettings
 from sod_mcore.serving.scoring import Scores, score
 from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightUpdateError
+from sod_mcore.serving.weights import RunningRequests
 from tests.serving.conftest import START_SECONDS, LiveFleet
+from tests.serving.engine_updates import (
+    TIMEOUT,
+    WAYS,
+    buckets_of,
+    first_engine,
+    generate,
+    generate_during,
+    leave_group,
+    new_groups,
+    spliced_logprobs,
+    tensor_transfer,
+    update,
+)
 from tests.serving.processes import leader_at
 from tests.serving.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, random_ids, reference_logprobs
 
 TOLERANCE = 1e-5
-TIMEOUT = 120.0
-Update = Callable[[Endpoints, Path, int], None]
-
-
-def generate(endpoints: Endpoints, ids: list[int], **sampling: object) -> Generation:
-    async def run() -> Generation:
-        async with EngineClient(endpoints) as client:
-            settings = SamplingSettings(**{"max_new_tokens": 24, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
-            return await client.generate("student", ids, settings, rid="test")
-
-    return asyncio.run(run())
-
-
-def update_from_disk(endpoints: Endpoints, folder: Path, version: int) -> None:
-    weights.update_weights(endpoints, "student", DiskTransfer(folder), version, TIMEOUT)
-
-
-def update_from_tensors(endpoints: Endpoints, folder: Path, version: int) -> None:
-    """In buckets of five tensors."""
-    tensors = list(load_file(folder / "model.safetensors").items())
-    buckets = (tensors[start : start + 5] for start in range(0, len(tensors), 5))
-    weights.update_weights(endpoints, "student", TensorTransfer(buckets), version, TIMEOUT)
 
 
 def score_once(
@@ -128,7 +122,7 @@ def test_sampled_logprobs_are_tempered(
     expected = reference_logprobs(live_fleet.student, whole, temperature)
     positions = np.arange(len(ids), len(whole))
     np.testing.assert_allclose(
-        generation.logprobs, expected[positions, generation.token_ids], atol=TOLERANCE
+        generation.logprobs, expected[positions, generation.token_ids], atol=2 * TOLERANCE
     )
     assert generation.finish_reason == "length"
     if sampling["temperature"] == 0.0:
@@ -181,8 +175,8 @@ def test_models_are_never_mixed(live_fleet: LiveFleet) -> None:
         np.testing.assert_allclose(values, right, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("update", [update_from_disk, update_from_tensors])
-def test_new_weights_reach_every_engine(live_fleet: LiveFleet, update: Update) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_new_weights_reach_every_engine(live_fleet: LiveFleet, way: str) -> None:
     endpoints, ids = live_fleet.endpoints, random_ids(50, seed=6)
     positions = np.arange(1, 50)
 
@@ -196,10 +190,10 @@ def test_new_weights_reach_every_engine(live_fleet: LiveFleet, update: Update) -
         assert generate(endpoints, ids).weight_version == version
 
     before = weights.weight_versions(endpoints, "student", TIMEOUT)[0]
-    update(endpoints, live_fleet.other_student, before + 1)
+    update(way, endpoints, live_fleet.other_student, before + 1)
     check(live_fleet.other_student, before + 1)
     assert weights.weight_versions(endpoints, "teacher", TIMEOUT) == (0,)
-    update(endpoints, live_fleet.student, before + 2)
+    update(way, endpoints, live_fleet.student, before + 2)
     check(live_fleet.student, before + 2)
 
 
@@ -215,55 +209,100 @@ def test_tensors_in_bfloat16_reach_engines_in_float32(
     expected = reference_logprobs(rounded, ids)[np.arange(1, 50), np.array(ids)[1:]]
     for row in weights.probe_logprobs(endpoints, "student", ids, TIMEOUT):
         np.testing.assert_allclose(row[1:], expected, atol=TOLERANCE)
-    update_from_tensors(endpoints, live_fleet.student, 21)
+    update("tensor", endpoints, live_fleet.student, 21)
 
 
-def test_an_update_that_breaks_off_is_mended_by_the_next(live_fleet: LiveFleet) -> None:
+@pytest.mark.parametrize("way", ["tensor", "distributed"])
+def test_an_update_that_breaks_off_is_mended_by_the_next(live_fleet: LiveFleet, way: str) -> None:
     """The engines then hold some weights of each version; they stay paused and keep their
     version."""
     endpoints, ids = live_fleet.endpoints, random_ids(50, seed=9)
     before = weights.weight_versions(endpoints, "student", TIMEOUT)
     new = list(load_file(live_fleet.other_student / "model.safetensors").items())
     buckets = [new[:8], [(new[8][0], torch.zeros(3, 3))]]
-    with pytest.raises(WeightUpdateError, match=r"has shape \(3, 3\)"):
-        weights.update_weights(endpoints, "student", TensorTransfer(buckets), 30, TIMEOUT)
+    with (
+        tensor_transfer(way, endpoints, buckets) as transfer,
+        pytest.raises(WeightUpdateError, match=r"has shape \(3, 3\)"),
+    ):
+        weights.update_weights(endpoints, "student", transfer, before[0] + 1, TIMEOUT)
     assert weights.weight_versions(endpoints, "student", TIMEOUT) == before
     with pytest.raises(EngineError, match="no answer within 3 s"):
         weights.probe_logprobs(endpoints, "student", ids, 3.0)
-    update_from_tensors(endpoints, live_fleet.student, 31)
-    assert weights.weight_versions(endpoints, "student", TIMEOUT) == (31, 31)
+    update(way, endpoints, live_fleet.student, before[0] + 2)
+    assert weights.weight_versions(endpoints, "student", TIMEOUT) == (before[0] + 2,) * 2
     expected = reference_logprobs(live_fleet.student, ids)[np.arange(1, 50), np.array(ids)[1:]]
     for row in weights.probe_logprobs(endpoints, "student", ids, TIMEOUT):
         np.testing.assert_allclose(row[1:], expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("update", [update_from_disk, update_from_tensors])
-def test_new_weights_in_the_middle_of_a_request(live_fleet: LiveFleet, update: Update) -> None:
-    """A request that runs during the update says which version sampled which token."""
-    endpoints, ids = live_fleet.endpoints, random_ids(10, seed=7)
+def test_a_process_group_is_kept_while_every_engine_is_in_it(live_fleet: LiveFleet) -> None:
+    """An engine that was started again is not; here one only leaves."""
+    endpoints, names = live_fleet.endpoints, []
     before = weights.weight_versions(endpoints, "student", TIMEOUT)[0]
-    sampling = SamplingSettings(max_new_tokens=400, ignore_eos=True)
+    with closing(new_groups(endpoints)) as groups:
+        for version in range(before + 1, before + 4):
+            broadcast(live_fleet, groups, version)
+            names.append(groups.names["student"])
+            if version == before + 2:
+                leave_group(endpoints.model("student").engines[1], names[-1])
+    assert names[0] == names[1] != names[2]
+    assert weights.weight_versions(endpoints, "student", TIMEOUT) == (before + 3,) * 2
 
-    async def run() -> Generation:
-        async with EngineClient(endpoints) as client:
-            request = asyncio.create_task(client.generate("student", ids, sampling, rid="middle"))
-            await asyncio.sleep(0.3)
-            await asyncio.to_thread(update, endpoints, live_fleet.other_student, before + 1)
-            return await request
 
-    generation = asyncio.run(run())
-    update(endpoints, live_fleet.student, before + 2)
+def broadcast(live_fleet: LiveFleet, groups: KeptGroups, version: int) -> None:
+    """The first student's weights through a group that is kept."""
+    transfer = DistributedTransfer(buckets_of(live_fleet.student), groups)
+    weights.update_weights(live_fleet.endpoints, "student", transfer, version, TIMEOUT)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("running_requests", ["retract", "in_place"])
+def test_new_weights_in_the_middle_of_a_request(
+    live_fleet: LiveFleet, way: str, running_requests: RunningRequests
+) -> None:
+    """A request that runs during the update says which version sampled which token; in place, the
+    new weights look back to the keys and values of the old ones."""
+    endpoints, ids = live_fleet.endpoints, random_ids(10, seed=7)
+    old, new = live_fleet.student, live_fleet.other_student
+    before = weights.weight_versions(endpoints, "student", TIMEOUT)[0]
+    generation = generate_during(
+        endpoints, ids, lambda: update(way, endpoints, new, before + 1, running_requests)
+    )
+    update(way, endpoints, old, before + 2)
     assert len(generation.token_ids) == 400
     assert set(generation.weight_versions.tolist()) == {before, before + 1}
     assert (np.diff(generation.weight_versions) >= 0).all()
     whole = ids + generation.token_ids.tolist()
+    first = len(ids) + int((generation.weight_versions == before).sum())
+    expected = reference_logprobs(old, whole)
+    retracted, in_place = reference_logprobs(new, whole), spliced_logprobs(old, new, whole, first)
+    expected[first:] = (in_place if running_requests == "in_place" else retracted)[first:]
+    assert np.abs(in_place[first:] - retracted[first:]).max() > 0.1
     positions = np.arange(len(ids), len(whole))
-    for is_new, folder in ((False, live_fleet.student), (True, live_fleet.other_student)):
-        expected = reference_logprobs(folder, whole)[positions, generation.token_ids]
-        chosen = (generation.weight_versions > before) == is_new
-        np.testing.assert_allclose(
-            generation.logprobs[chosen], expected[chosen], atol=5 * TOLERANCE
-        )
+    np.testing.assert_allclose(
+        generation.logprobs, expected[positions, generation.token_ids], atol=5 * TOLERANCE
+    )
+
+
+def test_in_place_the_prefix_cache_stays_only_while_a_request_runs(live_fleet: LiveFleet) -> None:
+    """SGLang refuses to empty it then, and what it holds of other prompts stays with it."""
+    endpoints, ids = live_fleet.endpoints, random_ids(40, seed=11)
+    before = weights.weight_versions(endpoints, "student", TIMEOUT)[0]
+
+    def cached_tokens() -> int:
+        return generate(first_engine(endpoints), ids, max_new_tokens=1).cached_tokens
+
+    def update_in_place(version: int) -> None:
+        update("disk", endpoints, live_fleet.student, version, "in_place")
+
+    cached_tokens()
+    assert cached_tokens() > 0
+    update_in_place(before + 1)
+    assert cached_tokens() == 0
+    generate_during(endpoints, random_ids(10, seed=12), lambda: update_in_place(before + 2))
+    assert cached_tokens() > 0
+    update("disk", endpoints, live_fleet.student, before + 3)
+    assert cached_tokens() == 0
 
 
 def test_damaged_weights_never_reach_an_engine(live_fleet: LiveFleet, tmp_path: Path) -> None:
@@ -273,7 +312,7 @@ def test_damaged_weights_never_reach_an_engine(live_fleet: LiveFleet, tmp_path: 
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(WeightUpdateError, match=r"model\.safetensors is damaged"):
-        update_from_disk(endpoints, damaged, 50)
+        update("disk", endpoints, damaged, 50)
     assert generate(endpoints, random_ids(5, seed=1)).weight_version != 50
 
 
@@ -383,7 +422,9 @@ def test_an_engine_and_a_router_that_are_killed_come_back(live_fleet: LiveFleet)
     sampling = SamplingSettings(max_new_tokens=400, ignore_eos=True)
     survivor, victim = student.engines
     version = 1 + max(weights.weight_versions(endpoints, "student", TIMEOUT))
-    update_from_disk(endpoints, live_fleet.student, version)
+    groups = new_groups(endpoints)
+    broadcast(live_fleet, groups, version)
+    first_group = groups.names["student"]
 
     async def versions_of_many(client: EngineClient) -> set[int]:
         prompts = [[*ids, n] for n in range(4, 36)]
@@ -411,11 +452,13 @@ def test_an_engine_and_a_router_that_are_killed_come_back(live_fleet: LiveFleet)
                 await asyncio.sleep(0.2)
                 state = read_fleet_state(live_fleet.directory)
             assert await versions_of_many(client) == {version}
-            await asyncio.to_thread(update_from_disk, endpoints, live_fleet.student, version + 1)
+            await asyncio.to_thread(broadcast, live_fleet, groups, version + 1)
             client.require_version("student", version + 1)
             assert await (await start_load(client)) == {version + 1}
 
-    asyncio.run(run())
+    with closing(groups):
+        asyncio.run(run())
+        assert groups.names["student"] != first_group, "the engine is no member of that one"
     scores = score_once(endpoints.reached_at("student", student.route), "student", ids, 1)
     expected = reference_logprobs(live_fleet.student, ids)[np.arange(1, 20), np.array(ids)[1:]]
     np.testing.assert_allclose(scores.logprobs[1:], expected, atol=TOLERANCE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,30 +14,14 @@ from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import update_weights, weight_versions
 from tests.serving.scripted_engines import ScriptedEngines, running_engines
+from tests.serving.small_weights import EMBEDDING, HEAD, NORM, new_buckets, write_folder
 
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 TIMEOUT = 60.0
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path, tied=True)
-
-
-def write_folder(folder: Path, *, tied: bool) -> Path:
-    """What the engines were started from; some tied models store the output layer nevertheless."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
-    tensors = {EMBEDDING: torch.zeros(5, 3), HEAD: torch.zeros(5, 3)}
-    save_file(tensors, folder / "model-00001-of-00002.safetensors")
-    save_file({NORM: torch.zeros(3)}, folder / "model-00002-of-00002.safetensors")
-    return folder
-
-
-def new_buckets(dtype: torch.dtype = torch.float32) -> list[Bucket]:
-    generator = torch.Generator().manual_seed(0)
-    padded = torch.randn(4000, 3, generator=generator).to(dtype)
-    return [[(EMBEDDING, padded[:5])], [(NORM, torch.tensor([1, 2.5, -3], dtype=dtype))]]
 
 
 def send(engines: ScriptedEngines, buckets: list[Bucket], version: int = 5) -> None:
@@ -98,7 +81,7 @@ def test_a_payload_of_several_pieces(tmp_path: Path) -> None:
 
 
 def test_each_rank_of_an_engine_gets_a_payload(folder: Path) -> None:
-    with running_engines(ScriptedEngines(folder, tensor_parallel_size=3)) as engines:
+    with running_engines(ScriptedEngines(folder, tensor_parallel_sizes=(3, 3))) as engines:
         send(engines, new_buckets())
     assert [len(bucket.tensors) for bucket in engines.received[0]] == [3, 3, 3]
     assert torch.equal(engines.received[0][1].tensors[2][0][1], new_buckets()[1][0][1])

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import update_weights, weight_versions
-from tests.serving.scripted_engines import running_engines
+from tests.serving.scripted_engines import ScriptedEngines, running_engines
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_all_stand_still_before_any_is_changed(folder: Path) -> None:
         update_weights(engines.endpoints, "student", DiskTransfer(folder), 5, 10)
         assert weight_versions(engines.endpoints, "student", 10) == (5, 5)
     calls = engines.call_names()
-    assert calls == ["pause"] * 2 + ["update"] * 2 + ["continue"] * 2
+    assert calls == ["pause"] * 2 + ["update and flush"] * 2 + ["continue"] * 2
     assert {index for index, _ in engines.calls[:2]} == {0, 1}
     assert engines.mode == "retract"
 
@@ -38,6 +38,31 @@ def test_running_requests_can_be_ended(folder: Path) -> None:
             engines.endpoints, "student", DiskTransfer(folder), 5, 10, running_requests="abort"
         )
     assert engines.mode == "abort"
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_requests_that_go_on_in_place_keep_the_cache(folder: Path, is_busy: bool) -> None:
+    """An engine whose cache is in use refuses to empty it; that must not fail the update."""
+    with running_engines(ScriptedEngines(is_busy=is_busy)) as engines:
+        update_weights(
+            engines.endpoints, "student", DiskTransfer(folder), 5, 10, running_requests="in_place"
+        )
+        assert weight_versions(engines.endpoints, "student", 10) == (5, 5)
+    assert engines.mode == "in_place"
+    steps = ["pause", "update", "continue"] if is_busy else ["pause", "update", "flush", "continue"]
+    assert engines.call_names() == [step for step in steps for _ in range(2)]
+
+
+def test_an_engine_that_cannot_empty_its_cache(folder: Path) -> None:
+    """Any other answer than that requests are running is a failure."""
+    with (
+        running_engines(ScriptedEngines(has_broken_cache=True)) as engines,
+        pytest.raises(WeightUpdateError, match=r"flush_cache answered 500"),
+    ):
+        update_weights(
+            engines.endpoints, "student", DiskTransfer(folder), 5, 10, running_requests="in_place"
+        )
+    assert "continue" not in engines.call_names()
 
 
 def test_an_engine_that_refuses_leaves_all_paused(folder: Path) -> None:
