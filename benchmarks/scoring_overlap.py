@@ -36,6 +36,7 @@ from sod_mcore.data import read_prompts
 from sod_mcore.loop.opening import pool_settings
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.pool import RolloutPool
+from sod_mcore.rollout.process_pool import ProcessPool
 from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import Endpoints, read_endpoints, write_endpoints
@@ -122,7 +123,7 @@ def measure(folder: Path, delay_seconds: float, repetitions: int) -> None:
         in_pool = dataclasses.replace(
             pool_settings(config, sources), serving_directory=folder / "late"
         )
-        pool = stack.enter_context(RolloutPool(in_pool))
+        pool = stack.enter_context(ProcessPool(in_pool))
         play(pool, prompts, with_teacher=True)  # what is done once and for all
         rows = [repetition(pool, prompts, late) for _ in range(repetitions)]
     print_table(rows, delay_seconds)

@@ -24,7 +24,8 @@ from sod_mcore.files import write_text
 from sod_mcore.loop.opening import pool_settings
 from sod_mcore.loop.preflight import live_endpoints
 from sod_mcore.loop.run_prompts import read_run_prompts
-from sod_mcore.rollout.pool import RolloutError, RolloutPool
+from sod_mcore.rollout.open_pool import check_pool, open_pool
+from sod_mcore.rollout.pool import RolloutError
 from sod_mcore.serving.disk_transfer import DiskTransfer
 from sod_mcore.serving.fleet import FleetError
 from sod_mcore.serving.json_http import EngineError
@@ -63,11 +64,12 @@ def evaluate_folder(config: SodConfig, weights: Path) -> dict[str, float]:
     """
     if not config.evaluation.data_files or config.serving is None:
         raise ConfigError("evaluation.data and serving must be set to evaluate")
+    check_pool(config.rollout)
     prompts = read_run_prompts(config)
     endpoints = live_endpoints(config)
     timeout = config.serving.request_timeout_seconds
     update_weights(endpoints, "student", DiskTransfer(weights), VERSION, timeout)
-    with RolloutPool(pool_settings(config, prompts.sources)) as pool:
+    with open_pool(pool_settings(config, prompts.sources)) as pool:
         results = [
             evaluate_temperature(
                 pool,

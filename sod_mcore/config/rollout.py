@@ -31,6 +31,16 @@ class RolloutConfig:
     """Trajectories generated at the same time."""
     attempts: Positive = 3
     """Tries of a trajectory before it is dropped."""
+    pool: Literal["process", "ray"] = "process"
+    """What plays the conversations: a process beside rank 0, or Ray actors, which may be on several
+    machines (docs/ray.md)."""
+    ray_address: str | None = None
+    """Ray cluster to join, as host:port, or auto for the one that this machine belongs to; null
+    starts a Ray of its own on this machine, for this run alone."""
+    ray_actors: Positive = 1
+    """Ray actors, spread over the cluster's nodes; each plays a share of every batch's prompts."""
+    ray_actor_cpus: Annotated[float, Field(ge=0)] = 1.0
+    """CPUs that each actor reserves in Ray; its sandbox runs there as well."""
     max_staleness: NonNegative = 0
     """Steps of training that may pass between the weights that sample a batch and those that are
     trained on it. 0 samples a batch when the one before it has been trained on; n samples n batches

@@ -24,6 +24,7 @@ from sod_mcore.evaluation.samples import SAMPLES_FILE, Sample, SampleStore, read
 from sod_mcore.files import write_text
 from sod_mcore.report import Progress
 from sod_mcore.report.wandb_mirror import WandbMirror
+from sod_mcore.rollout.open_pool import open_pool
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool
 from sod_mcore.serving.fleet import Endpoints
 
@@ -76,10 +77,8 @@ def _draw(
 
     def work(endpoints: Endpoints, should_stop: ShouldStop) -> None:
         check_context_length(config, endpoints.model("student").context_length)
-        count = min(POOLS, len(chunks))
-        settings = [pool_settings(config, sources_of(data_sets), count)] * count
         with ExitStack() as stack:
-            pools = [stack.enter_context(RolloutPool(s)) for s in settings]
+            pools = _open_pools(config, sources_of(data_sets), min(POOLS, len(chunks)), stack)
             progress = stack.enter_context(Progress("evaluation", total, unit="samples"))
             kept = right = 0
 
@@ -96,6 +95,16 @@ def _draw(
             runner.run(pools, chunks, on_kept, lambda count: show(kept + count), should_stop)
 
     with_engines(config, work, say)
+
+
+def _open_pools(
+    config: EvalConfig, sources: tuple[str, ...], count: int, stack: ExitStack
+) -> list[RolloutPool]:
+    """Pools that work at the same time; Ray's is one, which shares its actors among batches."""
+    if config.rollout.pool == "ray":
+        return [stack.enter_context(open_pool(pool_settings(config, sources, 1)))] * count
+    settings = [pool_settings(config, sources, count)] * count
+    return [stack.enter_context(open_pool(s)) for s in settings]
 
 
 def pool_settings(config: EvalConfig, sources: tuple[str, ...], count: int) -> PoolSettings:

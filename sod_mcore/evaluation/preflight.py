@@ -15,6 +15,7 @@ from sod_mcore.data import split_by_length
 from sod_mcore.evaluation.data_sets import DataSet
 from sod_mcore.report import require_wandb
 from sod_mcore.rollout.judge import check_verifiers
+from sod_mcore.rollout.open_pool import check_pool
 from sod_mcore.serving.fleet import RESERVED_TOKENS
 from sod_mcore.serving.model_folder import read_model_folder
 from sod_mcore.tools import tool_schemas
@@ -27,6 +28,7 @@ _WITHOUT_EFFECT = {
     "rollout": {
         *("temperature", "top_p", "concurrency", "attempts", "deadline_seconds"),
         *("max_dropped_fraction", "max_unscored_fraction"),
+        *("pool", "ray_address", "ray_actors", "ray_actor_cpus"),
     },
     "tools": {"workers", "sandbox_url", "total_memory_mb"},
     "reward": {"workers", "code_workers"},
@@ -67,6 +69,7 @@ def check_settings(config: EvalConfig) -> None:
                 f"evaluation samples with evaluation.{name}: set that, and leave this out"
             )
     require_wandb(config.report)
+    check_pool(config.rollout)
     _check_model(config)
 
 

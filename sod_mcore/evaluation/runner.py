@@ -11,29 +11,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
 
 from sod_mcore.config import BenchmarkConfig, RolloutConfig
 from sod_mcore.evaluation.data_sets import DataSet
 from sod_mcore.evaluation.samples import Sample, SampleStore, sample_of
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.pool import RolloutError, Ticket
+from sod_mcore.rollout.pool import RolloutError, RolloutPool
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.trajectory import Prompt
-
-
-class Pool(Protocol):
-    """The part of :class:`RolloutPool` that evaluation uses."""
-
-    def submit(self, request: RolloutRequest) -> Ticket: ...
-
-    def collect(
-        self,
-        ticket: Ticket,
-        timeout_seconds: float,
-        on_progress: Callable[[RolloutProgress], None] | None = None,
-        should_stop: Callable[[], bool] = ...,
-    ) -> RolloutResult: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +87,7 @@ class Runner:
 
     def run(
         self,
-        pools: Sequence[Pool],
+        pools: Sequence[RolloutPool],
         chunks: Sequence[Chunk],
         on_kept: Callable[[Sequence[Sample]], None],
         on_finished: Callable[[int], None] = lambda count: None,

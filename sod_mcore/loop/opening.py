@@ -23,6 +23,7 @@ from sod_mcore.loop.stop import StopRequest
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource, TrajectorySource
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
 from sod_mcore.report.step_timeline import StepTimeline
+from sod_mcore.rollout.open_pool import open_pool
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
 from sod_mcore.serving.kept_groups import KeptGroups
@@ -45,9 +46,7 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     timeline = StepTimeline(directory, trace_every=config.report.trace_every)
     pool = None
     if endpoints is not None:
-        pool = stack.enter_context(
-            RolloutPool(pool_settings(config, prompts.sources), timeline.add)
-        )
+        pool = stack.enter_context(open_pool(pool_settings(config, prompts.sources), timeline.add))
     timeout = timedelta(seconds=config.run.collective_timeout_seconds)
     sizes = check_layout(config.student, int(os.environ["WORLD_SIZE"]))
     stack.enter_context(distributed(sizes, seed=config.run.seed, timeout=timeout))
@@ -57,13 +56,13 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     if is_rank_zero:
         reporter = stack.enter_context(Reporter.open(config, first_step, timeline))
         reporter.say(choose_backend(config.student).describe())
-    watch = _open_watch(config) if endpoints is not None else None
     stop = StopRequest(
         Path(config.run.stop_file or directory / "stop"),
         config.run.stop_grace_seconds,
         on_overdue=ending.record_forced_end,
     )
     ending.begin(stop)
+    watch = _open_watch(config, stop) if endpoints is not None else None
     return Session(
         config,
         student,
@@ -80,7 +79,7 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
 
 
 def pool_settings(config: SodConfig, sources: Sequence[str]) -> PoolSettings:
-    """What the pool process is told at its start; ``sources`` are the prompts' data sources."""
+    """What the pool is told at its start; ``sources`` are the prompts' data sources."""
     assert config.serving is not None
     return PoolSettings(
         run_directory=Path(config.run.directory),
@@ -131,9 +130,13 @@ def _open_source(
     return LiveSource(pool, source, config, stop, watch, on_progress)
 
 
-def _open_watch(config: SodConfig) -> EngineWatch:
+def _open_watch(config: SodConfig, stop: StopRequest) -> EngineWatch:
     assert config.serving is not None
-    return EngineWatch(config.serving_directory, config.serving.restart_timeout_seconds)
+    return EngineWatch(
+        config.serving_directory,
+        config.serving.restart_timeout_seconds,
+        should_stop=lambda: stop.reason is not None,
+    )
 
 
 def _open_weight_sync(

@@ -34,6 +34,7 @@ from sod_mcore.loop.teacher_checks import check_teacher_lengths, check_teacher_s
 from sod_mcore.loop.training_examples import make_objective
 from sod_mcore.ops.extension import extension_for
 from sod_mcore.report.metrics import require_wandb
+from sod_mcore.rollout.open_pool import check_pool
 from sod_mcore.rollout.teacher import teacher_model
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
 from sod_mcore.serving.json_http import EngineError
@@ -75,6 +76,7 @@ def check_before_launch(config: SodConfig) -> RunPrompts:
         check_files(config)
         if config.run.replay is not None:
             return RunPrompts()
+        check_pool(config.rollout)
         prompts = read_run_prompts(config)
         endpoints = check_engines(config, prompts)
         prompts = within_length(config, prompts)

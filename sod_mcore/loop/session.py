@@ -30,7 +30,7 @@ from sod_mcore.loop.stop import StopRequest, StopRequested
 from sod_mcore.loop.training_examples import first_epoch, indices_in_order, scoring_examples
 from sod_mcore.loop.trajectory_source import TrajectorySource
 from sod_mcore.loop.weight_sync import WeightSync
-from sod_mcore.rollout.pool import RolloutInterruptedError, RolloutPool
+from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError, RolloutPool
 from sod_mcore.student.exchange import gather_objects
 from sod_mcore.student.rank_zero import on_rank_zero
 from sod_mcore.student.student import Student, UpdateResult
@@ -156,7 +156,15 @@ class Session:
             return
         with self._timed("weight_sync"):
             difference = self._weights.publish(version)
+        if difference is None:
+            return
         self._note({"weights/probe_difference": difference})
+        if self.config.rollout.max_staleness > 0:
+            self.on_rank_zero(partial(self._let_source_begin, version))
+
+    def _let_source_begin(self, version: int) -> None:
+        assert self._source is not None
+        self._source.weights_are_published(version)
 
     def evaluate(self, step: int) -> None:
         """Solve the evaluation problems with the published weights; nothing when replaying.
@@ -281,7 +289,8 @@ class Session:
         """Write the metrics, with what the pool has done until now (rank 0)."""
         if self._reporter is not None:
             if self._pool is not None and self._engine_metrics is not None:
-                self._pool.hear()
+                with suppress(RolloutError):  # whoever needs the pool again will say so
+                    self._pool.hear()
                 self._note(self._engine_metrics.since_last_line())
             self._reporter.end_line(completed_steps)
 

@@ -6,7 +6,7 @@ Both give the same type, so the trainer does not know which one it reads. Used b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -27,8 +27,9 @@ class TrajectorySource(Protocol):
 
     def batch(self, step: int, weight_version: int) -> RecordedBatch: ...
 
+    def weights_are_published(self, version: int) -> None: ...
 
-@dataclass(frozen=True)
+
 class LiveSource:
     """Submits the prompts of a step, and of those that may be sampled ahead, to the pool.
 
@@ -36,16 +37,30 @@ class LiveSource:
     before it are published: they, or newer ones, sample every token of it.
 
     Attributes:
-        tickets: batches that the pool works on, by step.
+        watch: interrupts the wait for a batch when an engine needs weights.
     """
 
-    pool: RolloutPool
-    prompts: PromptSource
-    config: SodConfig
-    stop: StopRequest
-    watch: EngineWatch
-    on_progress: ProgressCallback | None = None
-    tickets: dict[int, Ticket] = field(default_factory=dict)
+    def __init__(
+        self,
+        pool: RolloutPool,
+        prompts: PromptSource,
+        config: SodConfig,
+        stop: StopRequest,
+        watch: EngineWatch,
+        on_progress: ProgressCallback | None = None,
+    ) -> None:
+        self._pool = pool
+        self._prompts = prompts
+        self._config = config
+        self._stop = stop
+        self.watch = watch
+        self._on_progress = on_progress
+        self._tickets: dict[int, Ticket] = {}
+
+    def weights_are_published(self, version: int) -> None:
+        """Let the pool begin what these weights may sample, beyond the step that waits for them."""
+        if self._config.rollout.max_staleness > 0:
+            self._submit_until(version, version)
 
     def batch(self, step: int, weight_version: int) -> RecordedBatch:
         """The trajectories of step ``step``; written to ``run.record`` where that is set.
@@ -56,37 +71,37 @@ class LiveSource:
             RolloutInterruptedError: the run was asked to stop, or an engine waits for its weights;
                 the batch goes on, and can be asked for again.
         """
-        self._submit_ahead(step, weight_version)
-        result = self.pool.collect(
-            self.tickets[step],
-            self.config.rollout.deadline_seconds,
-            self.on_progress,
-            should_stop=lambda: self.stop.reason is not None or self.watch.is_weightless(),
+        self._submit_until(step, weight_version)
+        result = self._pool.collect(
+            self._tickets[step],
+            self._config.rollout.deadline_seconds,
+            self._on_progress,
+            should_stop=lambda: self._stop.reason is not None or self.watch.is_weightless(),
         )
-        del self.tickets[step]
-        check_losses(result, self._request(step, weight_version), self.config.rollout)
+        del self._tickets[step]
+        check_losses(result, self._request(step, weight_version), self._config.rollout)
         batch = RecordedBatch(result.trajectories, step, weight_version, result.num_dropped)
-        check_staleness(batch, self.config.rollout.max_staleness)
-        if self.config.run.record is not None:
-            batch.save(recorded_batch_path(Path(self.config.run.record), step))
+        check_staleness(batch, self._config.rollout.max_staleness)
+        if self._config.run.record is not None:
+            batch.save(recorded_batch_path(Path(self._config.run.record), step))
         return batch
 
-    def _submit_ahead(self, step: int, weight_version: int) -> None:
+    def _submit_until(self, step: int, weight_version: int) -> None:
         """Submit ``step`` and those after it whose weights may be the current ones."""
-        ahead = min(step + self.config.rollout.max_staleness, self.config.run.steps - 1)
-        first = max(self.tickets, default=step - 1) + 1
-        for number in range(first, ahead + 1):
-            self.tickets[number] = self.pool.submit(self._request(number, weight_version))
+        last = min(step + self._config.rollout.max_staleness, self._config.run.steps - 1)
+        first = max(self._tickets, default=step - 1) + 1
+        for number in range(first, last + 1):
+            self._tickets[number] = self._pool.submit(self._request(number, weight_version))
 
     def _request(self, step: int, weight_version: int) -> RolloutRequest:
-        algorithm, rollout = self.config.algorithm, self.config.rollout
+        algorithm, rollout = self._config.algorithm, self._config.rollout
         num_prompts = algorithm.prompts_per_step + rollout.spare_prompts
         return RolloutRequest(
-            prompts=tuple(self.prompts.batch(step, num_prompts)),
+            prompts=tuple(self._prompts.batch(step, num_prompts)),
             samples_per_prompt=algorithm.group_size,
             sampling=Sampling(rollout.temperature, rollout.top_p),
-            with_teacher=self.config.needs_teacher,
-            tools_enabled=self.config.tools.enabled,
+            with_teacher=self._config.needs_teacher,
+            tools_enabled=self._config.tools.enabled,
             spare_prompts=rollout.spare_prompts,
             weight_version=weight_version,
         )
@@ -112,6 +127,9 @@ class ReplaySource:
     """Reads recorded batches: one file for every step, or a folder with one file a step."""
 
     path: Path
+
+    def weights_are_published(self, version: int) -> None:
+        """Nothing depends on them."""
 
     def batch(self, step: int, weight_version: int) -> RecordedBatch:
         """The recorded batch of ``step``.

@@ -50,6 +50,25 @@ class WeightMismatchError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class _Update:
+    """One try to send the weights.
+
+    Attributes:
+        endpoints: the fleet with the engines that get them.
+        version: their number.
+        averaged: whether it is their average, for the teacher.
+        probe: the trainer's log-probs of the probe; None to compare nothing.
+        is_last_try: whether an engine that dies ends the run.
+    """
+
+    endpoints: Endpoints
+    version: int
+    averaged: bool
+    probe: NDArray[np.float32] | None
+    is_last_try: bool
+
+
+@dataclass(frozen=True)
 class _Sent:
     """How one try to send the weights ended.
 
@@ -89,11 +108,12 @@ class WeightSync:
     teacher_follows: bool = False
     groups: KeptGroups | None = None
 
-    def publish(self, version: int) -> float:
+    def publish(self, version: int) -> float | None:
         """Send the current weights as ``version``.
 
         Returns:
-            the largest difference between trainer's and engines' log-probs of the probe, nats.
+            the largest difference between trainer's and engines' log-probs of the probe, nats; None
+            if the run was asked to stop while no engine was there, so that nothing was sent.
 
         Raises:
             WeightUpdateError: an engine did not take the weights; all engines stay paused.
@@ -102,47 +122,57 @@ class WeightSync:
         """
         ours = self._trainer_logprobs()
         difference = self._send(version, averaged=False, probe=ours)
-        if self.teacher_follows:
-            self._send(version, averaged=True)
+        if difference is not None and self.teacher_follows:
+            self._send(version, averaged=True, probe=None)
         return difference
 
     def _send(
-        self, version: int, *, averaged: bool, probe: NDArray[np.float32] | None = None
-    ) -> float:
+        self, version: int, *, averaged: bool, probe: NDArray[np.float32] | None
+    ) -> float | None:
         """The weights to the student's engines, or their average to the teacher's."""
         send = self._send_folder if self.serving.weight_sync == "disk" else self._send_tensors
-        for attempt in range(1, SEND_ATTEMPTS + 1):
-            sent = send(version, averaged, probe)
+        for tries_left in reversed(range(SEND_ATTEMPTS)):
+            endpoints = self._wait_for_engines(version, averaged)
+            if endpoints is None:
+                return None
+            sent = send(_Update(endpoints, version, averaged, probe, tries_left == 0))
             if sent.problem is None:
                 return sent.difference
-            if attempt == SEND_ATTEMPTS:
-                break
-        raise WeightUpdateError(f"gave up after {SEND_ATTEMPTS} tries: {sent.problem}")
+        raise AssertionError("unreachable: the last try returns or raises")
 
-    def _send_folder(
-        self, version: int, averaged: bool, probe: NDArray[np.float32] | None
-    ) -> _Sent:
-        folder = self.directory / _folder_name(version, averaged)
-        self.student.export_hf(folder, bucket_bytes=self._bucket_bytes, averaged=averaged)
+    def _wait_for_engines(self, version: int, averaged: bool) -> Endpoints | None:
+        """The fleet with the engines that are there, on every rank; None if the run is to stop.
+
+        On its own, so that no rank waits in a collective for an engine that is started again.
+        """
+
+        def wait() -> Endpoints | None:
+            assert self.endpoints is not None
+            assert self.watch is not None
+            return self.watch.begin_update(self.endpoints, _model(averaged), version)
+
+        seconds = self.serving.restart_timeout_seconds + self.serving.request_timeout_seconds
+        return on_rank_zero(wait, self.group, timedelta(seconds=seconds))
+
+    def _send_folder(self, update: _Update) -> _Sent:
+        folder = self.directory / _folder_name(update.version, update.averaged)
+        self.student.export_hf(folder, bucket_bytes=self._bucket_bytes, averaged=update.averaged)
 
         def load() -> _Sent:
-            sent = self._update_engines(DiskTransfer(folder), version, averaged, probe)
-            self._delete_other_versions(version, averaged)
+            sent = self._update_engines(DiskTransfer(folder), update)
+            self._delete_other_versions(update.version, update.averaged)
             return sent
 
         return on_rank_zero(load, self.group, self._engines_timeout)
 
-    def _send_tensors(
-        self, version: int, averaged: bool, probe: NDArray[np.float32] | None
-    ) -> _Sent:
-        buckets = self.student.hf_tensors(self._bucket_bytes, averaged=averaged)
+    def _send_tensors(self, update: _Update) -> _Sent:
+        buckets = self.student.hf_tensors(self._bucket_bytes, averaged=update.averaged)
         if self.student.layout.rank != 0:
             _consume(buckets)
 
         def load() -> _Sent:
             try:
-                transfer = self._tensor_transfer(buckets)
-                return self._update_engines(transfer, version, averaged, probe)
+                return self._update_engines(self._tensor_transfer(buckets), update)
             finally:
                 # Gathering is collective: when sending fails, the other ranks are still in it.
                 _consume(buckets)
@@ -162,7 +192,7 @@ class WeightSync:
         Each answer has its own limit, and a failure there is to be told by rank 0, not cut off by
         the timeout of collectives. One after the other come: pause, load, flush, continue, and for
         each engine its version and its probe; one more answer's time is for what is done between
-        them. Before them stands the wait for an engine that is started again.
+        them.
         Sent as tensors, there are for each engine its description and the beginning of its update
         as well, and a group's forming and farewell; the others wait for one bucket's answers at a
         time while they gather the next, which run.collective_timeout_seconds bounds.
@@ -170,8 +200,7 @@ class WeightSync:
         models = self.serving.models.values()
         engines = max(len(model.addresses) or model.engines for model in models)
         answers = 5 + 2 * engines if self.serving.weight_sync == "disk" else 7 + 4 * engines
-        seconds = self.serving.request_timeout_seconds * answers
-        return timedelta(seconds=seconds + self.serving.restart_timeout_seconds)
+        return timedelta(seconds=self.serving.request_timeout_seconds * answers)
 
     @property
     def _bucket_bytes(self) -> int:
@@ -185,31 +214,25 @@ class WeightSync:
         values = self.student.compute_logprobs([micro_batch if is_first_replica else []])
         return values[0] if values is not None else None
 
-    def _update_engines(
-        self,
-        transfer: WeightTransfer,
-        version: int,
-        averaged: bool,
-        probe: NDArray[np.float32] | None,
-    ) -> _Sent:
+    def _update_engines(self, transfer: WeightTransfer, update: _Update) -> _Sent:
         """Send the weights to the engines that are there, and compare the probe (rank 0)."""
-        assert self.endpoints is not None
-        assert self.watch is not None
-        model = "teacher" if averaged else "student"
-        timeout = self.serving.request_timeout_seconds
-        endpoints = self.watch.begin_update(self.endpoints, model)
+        requests_in_flight = self.serving.requests_in_flight
         try:
             update_weights(
-                *(endpoints, model, transfer, version, timeout),
+                update.endpoints,
+                _model(update.averaged),
+                transfer,
+                update.version,
+                self.serving.request_timeout_seconds,
                 # A teacher's scores of one trajectory must all be of the same weights.
-                running_requests="retract" if averaged else self.serving.requests_in_flight,
+                running_requests="retract" if update.averaged else requests_in_flight,
                 follows_student=self.teacher_follows,
             )
-            if probe is None:
+            if update.probe is None:
                 return _Sent()
-            return _Sent(difference=self._check_probe(endpoints, version, probe))
+            return _Sent(self._check_probe(update.endpoints, update.version, update.probe))
         except (WeightUpdateError, EngineError) as error:
-            if not self._has_died(error):
+            if update.is_last_try or not self._has_died(error):
                 raise
             time.sleep(NOTICED_SECONDS)
             return _Sent(problem=str(error))
@@ -238,6 +261,10 @@ class WeightSync:
         for folder in self.directory.glob(f"{_folder_prefix(averaged)}_*"):
             if folder.name not in kept:
                 shutil.rmtree(folder)
+
+
+def _model(averaged: bool) -> str:
+    return "teacher" if averaged else "student"
 
 
 def _consume(buckets: Iterator[NamedTensors]) -> None:

@@ -53,9 +53,8 @@ async def run_batch(
         )
         for prompt in request.prompts
     ]
-    wanted = len(groups) - request.spare_prompts
     runs = [group.run() for group in groups]
-    finished = await first_of(runs, wanted, lambda group: bool(group.trajectories))
+    finished = await first_of(runs, request.num_prompts, lambda group: bool(group.trajectories))
     progress.end()
     return collect_groups(finished, request, recorder.take())
 

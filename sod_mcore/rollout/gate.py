@@ -1,4 +1,7 @@
-"""A gate in front of the engines, so that weights change while no request is in flight."""
+"""A gate in front of the engines, for whoever wants no request in flight.
+
+Weight syncs do not need it: engines pause themselves, and requests go on with the new weights.
+"""
 
 from __future__ import annotations
 

@@ -1,31 +1,16 @@
-"""The rollout pool as the trainer sees it: submit a batch, collect it, pause, resume, close.
+"""The rollout pool as its users see it: submit a batch, collect it, pause, resume, close.
 
-The pool is a process of its own (``rollout/worker.py``), so that parsing megabytes of JSON never
-holds up the trainer, and so that Ray actors can take its place without a change here. It is started
-before ``torch.distributed`` and talks over one pipe. A thread reads the pipe all the time: the pool
-would stand still if it had something to say while the trainer is busy. It ends by itself when the
-trainer does: the pipe's other end closes.
+What plays the batches is a process (``process_pool.py``) or Ray actors (``ray_pool.py``);
+``open_pool.py`` chooses by ``rollout.pool``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
-import queue
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Protocol, Self
 
 from sod_mcore.config import (
     ChatConfig,
@@ -40,13 +25,24 @@ from sod_mcore.serving.counters import ClientCounters
 from sod_mcore.timeline import Spans
 
 START_TIMEOUT_SECONDS = 180.0
+"""Until a pool has reached the engines and started its sandbox."""
 CLOSE_TIMEOUT_SECONDS = 10.0
-_POLL_SECONDS = 0.2
+"""For an orderly end; then comes a kill."""
+POLL_SECONDS = 0.2
+"""Between two looks at whether the caller wants to stop."""
+
+SpanListener = Callable[[Spans], None]
+"""Hears what was done when."""
+
+Ticket = int
+"""Names a submitted batch; later ones have larger tickets."""
+URGENT = -1
+"""Priority that goes before every ticket."""
 
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """All that the pool process needs to know; sent to it once at start."""
+    """All that whatever plays the batches needs to know; sent to it once at start."""
 
     run_directory: Path
     serving_directory: Path
@@ -61,133 +57,31 @@ class PoolSettings:
     sources: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class PoolReady:
-    """First message of the pool process: it has started and reached the engines."""
-
-
-@dataclass(frozen=True)
-class PoolFailure:
-    """Last message of a pool process that cannot go on."""
-
-    message: str
-
-
-Ticket = int
-"""Names a submitted batch."""
-
-
-@dataclass(frozen=True)
-class BatchOrder:
-    """A batch to work on."""
-
-    ticket: Ticket
-    request: RolloutRequest
-
-
-@dataclass(frozen=True)
-class BatchCancel:
-    """A batch that nobody waits for any more."""
-
-    ticket: Ticket
-
-
-@dataclass(frozen=True)
-class BatchProgress:
-    """How far a batch is, and what was done when since the last message of this kind."""
-
-    ticket: Ticket
-    progress: RolloutProgress
-    spans: Spans
-
-
-@dataclass(frozen=True)
-class BatchDone:
-    """A finished batch, and what happened to all requests to the engines so far, by model."""
-
-    ticket: Ticket
-    result: RolloutResult
-    counters: Mapping[str, ClientCounters]
-
-
-@dataclass(frozen=True)
-class GateRequest:
-    """Close (pause) or open (resume) the gate through which requests reach the engines."""
-
-    is_open: bool
-
-
-@dataclass(frozen=True)
-class GateReply:
-    """The gate is in the state that was asked for; when closed, no request is in flight."""
-
-    is_open: bool
-
-
 class RolloutError(RuntimeError):
-    """The pool process died, missed its deadline or lost too many trajectories."""
+    """The pool died, missed its deadline or lost too many trajectories."""
 
 
 class RolloutInterruptedError(Exception):
     """Collecting was given up because the run was asked to stop."""
 
 
-class RolloutPool:
-    """Handle on the pool process; used by global rank 0 only.
+class RolloutPool(Protocol):
+    """Plays batches; a context manager. In training, global rank 0 alone has one.
 
-    Attributes:
-        counters: what happened to its requests, by model, until the last batch was done.
+    Whatever the pool cannot recover from is a :class:`RolloutError`, from any of the methods.
     """
 
-    def __init__(
-        self, settings: PoolSettings, on_spans: Callable[[Spans], None] = lambda spans: None
-    ) -> None:
-        """Start the process and wait until it has reached the engines.
-
-        Args:
-            on_spans: hears what was done when, while batches run and when they are done.
-
-        Raises:
-            RolloutError: it did not start, with its own words for why.
-        """
-        self._on_spans = on_spans
-        self._log_path = settings.run_directory / "rollout_pool.log"
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._tickets = itertools.count()
-        self._results: dict[Ticket, RolloutResult] = {}
-        self._cancelled: set[Ticket] = set()
-        self.counters: Mapping[str, ClientCounters] = {}
-        self._gate_replies: deque[GateReply] = deque()
-        # Whichever of the two processes is killed, the other one removes it.
-        self._temporary = tempfile.TemporaryDirectory(
-            prefix="rollout_pool_", ignore_cleanup_errors=True
-        )
-        self._connection, theirs = Pipe()
-        worker = [sys.executable, "-m", "sod_mcore.rollout.worker"]
-        with self._log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*worker, str(theirs.fileno()), self._temporary.name],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**_single_process_environment(), "TMPDIR": self._temporary.name},
-                start_new_session=True,  # Ctrl-C is the trainer's to handle; the pool follows it
-            )
-        theirs.close()
-        self._inbox = _Inbox(self._connection)
-        self._connection.send(settings)
-        self._is_ready = False
-        self._wait_until(lambda: self._is_ready, START_TIMEOUT_SECONDS, "start")
+    @property
+    def counters(self) -> Mapping[str, ClientCounters]:
+        """What happened to its requests to the engines, by model, as far as is known."""
+        ...
 
     def submit(self, request: RolloutRequest) -> Ticket:
         """Begin a batch, beside those that are under way; returns what ``collect`` takes.
 
         Conversations of earlier batches, and of urgent ones, get free slots first.
         """
-        ticket = next(self._tickets)
-        self._send(BatchOrder(ticket, request))
-        return ticket
+        ...
 
     def collect(
         self,
@@ -202,24 +96,11 @@ class RolloutPool:
             RolloutError: the pool died or the deadline passed.
             RolloutInterruptedError: ``should_stop`` became true first.
         """
-
-        def is_over() -> bool:
-            return ticket in self._results or should_stop()
-
-        def hear(message: BatchProgress) -> None:
-            if on_progress is not None and message.ticket == ticket:
-                on_progress(message.progress)
-
-        self._wait_until(is_over, timeout_seconds, "finish a batch", hear)
-        if ticket not in self._results:
-            raise RolloutInterruptedError
-        return self._results.pop(ticket)
+        ...
 
     def cancel(self, ticket: Ticket) -> None:
         """Give up a batch that was not collected: its conversations are ended."""
-        self._results.pop(ticket, None)
-        self._cancelled.add(ticket)
-        self._send(BatchCancel(ticket))
+        ...
 
     def hear(self) -> None:
         """Take in what the pool has told meanwhile, and do not wait for more.
@@ -227,31 +108,21 @@ class RolloutPool:
         Raises:
             RolloutError: it died.
         """
-        while self._receive(lambda progress: None, wait_seconds=0.0):
-            pass
+        ...
 
     def pause(self, timeout_seconds: float = 60.0) -> None:
         """Let no further request reach the engines; returns when none is in flight."""
-        self._set_gate(False, timeout_seconds)
+        ...
 
     def resume(self, timeout_seconds: float = 60.0) -> None:
         """Let requests through again."""
-        self._set_gate(True, timeout_seconds)
+        ...
 
     def close(self) -> None:
-        """End the process: a message asks it to, a kill follows if it does not."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._connection.send(None)
-        try:
-            self._process.wait(CLOSE_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._inbox.join()
-        self._connection.close()
-        self._temporary.cleanup()
+        """Give up what is under way, and end whatever plays."""
+        ...
 
-    def __enter__(self) -> RolloutPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -262,112 +133,10 @@ class RolloutPool:
     ) -> None:
         self.close()
 
-    def _set_gate(self, is_open: bool, timeout_seconds: float) -> None:
-        self._send(GateRequest(is_open))
-        action = "resume" if is_open else "pause"
-        self._wait_until(lambda: bool(self._gate_replies), timeout_seconds, action)
-        self._gate_replies.popleft()
 
-    def _send(self, message: BatchOrder | BatchCancel | GateRequest) -> None:
-        try:
-            self._connection.send(message)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise self._died() from error
-
-    def _died(self) -> RolloutError:
-        code = self._process.wait()
-        return RolloutError(
-            f"the rollout pool ended with exit code {code}; its log is {self._log_path}"
-        )
-
-    def _wait_until(
-        self,
-        condition: Callable[[], bool],
-        timeout_seconds: float,
-        action: str,
-        on_progress: Callable[[BatchProgress], None] = lambda message: None,
-    ) -> None:
-        deadline = time.monotonic() + timeout_seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                raise RolloutError(
-                    f"the rollout pool did not {action} within {timeout_seconds:.0f} s; "
-                    f"its log is {self._log_path}"
-                )
-            self._receive(on_progress, wait_seconds=_POLL_SECONDS)
-
-    def _receive(
-        self, on_progress: Callable[[BatchProgress], None], *, wait_seconds: float
-    ) -> bool:
-        """Take in one message; whether there was one."""
-        try:
-            message = self._inbox.next(wait_seconds)
-        except EOFError as error:
-            if not isinstance(error.__cause__, EOFError | OSError):
-                raise RolloutError(
-                    f"a message of the rollout pool cannot be read: {error.__cause__!r}; its log "
-                    f"is {self._log_path}"
-                ) from error
-            raise self._died() from error
-        if isinstance(message, PoolReady):
-            self._is_ready = True
-        elif isinstance(message, BatchProgress):
-            self._on_spans(message.spans)
-            on_progress(message)
-        elif isinstance(message, BatchDone):
-            self._on_spans(message.result.spans)
-            self.counters = message.counters
-            if message.ticket not in self._cancelled:
-                self._results[message.ticket] = message.result
-        elif isinstance(message, GateReply):
-            self._gate_replies.append(message)
-        elif isinstance(message, PoolFailure):
-            raise RolloutError(message.message)
-        return message is not None
-
-
-class _Inbox:
-    """The messages of the pool process, read by a thread."""
-
-    def __init__(self, connection: Connection[Any, Any]) -> None:
-        self._connection = connection
-        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._read, name="rollout-messages", daemon=True)
-        self._thread.start()
-
-    def next(self, wait_seconds: float) -> Any:
-        """The next message, or None if none comes in time.
-
-        Raises:
-            EOFError: the process has ended, and everything that it said was taken.
-        """
-        try:
-            message = self._messages.get(wait_seconds > 0, wait_seconds)
-        except queue.Empty:
-            return None
-        if isinstance(message, _Closed):
-            self._messages.put(message)
-            raise EOFError from message.cause
-        return message
-
-    def join(self) -> None:
-        """Wait until the process has closed its end."""
-        self._thread.join(CLOSE_TIMEOUT_SECONDS)
-
-    def _read(self) -> None:
-        try:
-            while True:
-                self._messages.put(self._connection.recv())
-        except Exception as error:
-            # Also what cannot be unpickled: nothing that comes after it could be read.
-            self._messages.put(_Closed(error))
-
-
-@dataclass(frozen=True)
-class _Closed:
-    """The pipe's other end is closed, or nothing more can be read from it."""
-
-    cause: Exception
+def describe_failure(error: BaseException) -> str:
+    """What the run says of an error that ended its pool."""
+    return f"rollout pool: {type(error).__name__}: {error}"
 
 
 def check_losses(result: RolloutResult, request: RolloutRequest, config: RolloutConfig) -> None:
@@ -387,9 +156,3 @@ def check_losses(result: RolloutResult, request: RolloutRequest, config: Rollout
                 f"{count} of {request.num_trajectories} trajectories {word}, more than "
                 f"rollout.{field_name}={allowed} allows. Causes: {causes}"
             )
-
-
-def _single_process_environment() -> dict[str, str]:
-    """The environment without torchrun's variables: the pool is no rank."""
-    torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_")
-    return {key: value for key, value in os.environ.items() if not key.startswith(torchrun)}

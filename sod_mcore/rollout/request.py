@@ -37,9 +37,14 @@ class RolloutRequest:
     is_urgent: bool = False
 
     @property
+    def num_prompts(self) -> int:
+        """Prompts of a whole batch."""
+        return len(self.prompts) - self.spare_prompts
+
+    @property
     def num_trajectories(self) -> int:
         """Trajectories of a whole batch."""
-        return (len(self.prompts) - self.spare_prompts) * self.samples_per_prompt
+        return self.num_prompts * self.samples_per_prompt
 
 
 @dataclass(frozen=True)

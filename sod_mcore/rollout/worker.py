@@ -1,7 +1,8 @@
-"""The pool process: ``python -m sod_mcore.rollout.worker FD TMPDIR``, started by ``pool.py``.
+"""The pool process: ``python -m sod_mcore.rollout.worker FD TMPDIR``.
 
-It alone talks to the engines' generate endpoints. One asyncio loop runs every conversation, the
-tool calls and the scoring; one thread reads the pipe. When the pipe closes, the process ends.
+``process_pool.py`` starts it. It alone talks to the engines' generate endpoints. One asyncio loop
+runs every conversation, the tool calls and the scoring; one thread reads the pipe. When the pipe
+closes, the process ends.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from typing import Any
 from sod_mcore.rollout.batch import run_batch
 from sod_mcore.rollout.pool import (
     CLOSE_TIMEOUT_SECONDS,
+    URGENT,
+    PoolSettings,
+    Ticket,
+    describe_failure,
+)
+from sod_mcore.rollout.process_pool import (
     BatchCancel,
     BatchDone,
     BatchOrder,
@@ -30,8 +37,6 @@ from sod_mcore.rollout.pool import (
     GateRequest,
     PoolFailure,
     PoolReady,
-    PoolSettings,
-    Ticket,
 )
 from sod_mcore.rollout.request import RolloutProgress
 from sod_mcore.rollout.services import RolloutServices, open_services
@@ -39,8 +44,6 @@ from sod_mcore.rollout.slots import Slots
 from sod_mcore.timeline import SpanRecorder
 
 _PROGRESS_SECONDS = 0.25
-URGENT = -1
-"""Goes before every ticket."""
 
 
 def main() -> None:
@@ -53,7 +56,7 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         with contextlib.suppress(BrokenPipeError):
-            connection.send(PoolFailure(f"rollout pool: {type(error).__name__}: {error}"))
+            connection.send(PoolFailure(describe_failure(error)))
         raise SystemExit(1) from error
     finally:
         shutil.rmtree(sys.argv[2], ignore_errors=True)

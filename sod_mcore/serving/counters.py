@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -29,6 +30,14 @@ class ClientCounters:
     hedged: int = 0
     stale_answers: int = 0
     seconds_waited: float = 0.0
+
+
+def total(counters: Iterable[ClientCounters]) -> ClientCounters:
+    """The sums of the counts of several clients."""
+    tally = Tally()
+    for each in counters:
+        tally.add(**dataclasses.asdict(each))
+    return tally.counters
 
 
 class Tally:

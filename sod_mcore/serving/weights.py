@@ -9,6 +9,7 @@ numbers travel is a :class:`WeightTransfer`: ``disk_transfer``, ``tensor_transfe
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import Endpoints
-from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.json_http import EngineError, JsonHttp
 from sod_mcore.serving.messages import TokenIds, parse_weight_version
 from sod_mcore.serving.scoring import score
 from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError, post_to_all
@@ -89,6 +90,31 @@ def weight_versions(endpoints: Endpoints, model: str, timeout: float) -> tuple[i
             return tuple(await asyncio.gather(*(_reported_version(client, url) for url in urls)))
 
     return asyncio.run(ask_all())
+
+
+def reported_versions(urls: Sequence[str], timeout: float) -> dict[str, int | None]:
+    """The weight version that each engine reports; None where there is no answer.
+
+    Args:
+        urls: base URLs of engines, of whatever model.
+        timeout: longest wait in seconds for one answer.
+    """
+
+    async def ask(http: JsonHttp, url: str) -> int | None:
+        try:
+            answer = await http.get(f"{url}/model_info", timeout)
+            return parse_weight_version(answer["weight_version"])
+        except (EngineError, KeyError):
+            return None
+
+    async def ask_all() -> list[int | None]:
+        http = JsonHttp(keep_alive=False)
+        try:
+            return await asyncio.gather(*(ask(http, url) for url in urls))
+        finally:
+            await http.close()
+
+    return dict(zip(urls, asyncio.run(ask_all()), strict=True)) if urls else {}
 
 
 def probe_logprobs(

@@ -87,7 +87,7 @@ class Drill:
         # A process that is about to be gone has no environment any more, but ports for a moment.
         while self.members() or ports & _all_listening_ports():
             seconds = time.monotonic() - started
-            left = [p.cmdline() for p in self.members()]
+            left = [_command(p) for p in self.members()]
             assert seconds < END_SECONDS, f"left: {left}, {ports}\n{self.output()}"
             self.process.poll()
             time.sleep(0.1)

@@ -14,8 +14,12 @@ def server(it: Drill, name: str) -> ServerState:
     return next(each for each in servers if each.name == name)
 
 
-def process_of(it: Drill, state: ServerState) -> psutil.Process:
-    """The process that was started for a server: its port is in the command line."""
-    port = state.url.rpartition(":")[2]
-    found = [p for p in it.members() if "--port" in p.cmdline() and port in p.cmdline()]
-    return min(found, key=lambda process: process.create_time())
+def process_of(state: ServerState) -> psutil.Process:
+    """The process that listens on a server's port; the router hides its command line."""
+    port = int(state.url.rpartition(":")[2])
+    (pid,) = {
+        connection.pid
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+    return psutil.Process(pid)

@@ -110,7 +110,7 @@ def seconds_until_back(it: Drill, name: str, number: signal.Signals) -> float:
     """Do something to a process of the fleet; how long it takes until it is ready again."""
     before = server(it, name)
     started = time.monotonic()
-    send(process_of(it, before), number)
+    send(process_of(before), number)
     deadline = started + RECOVERED_SECONDS
 
     def is_back() -> bool:
@@ -137,7 +137,10 @@ def test_the_fleet_says_what_happened(faulty_run: FaultyRun) -> None:
     for name, _ in FAULTS:
         expected[name] += 1
     assert restarts == expected
-    assert faulty_run.output.count("student_engine_0 ended with exit code -9") == 2
+    said = faulty_run.output
+    for name in ("student_engine_0", "teacher_engine_0", "student_router"):
+        assert said.count(f"{name} ended with exit code -9") == 1
+    assert said.count(f"student_engine_0 did not answer for {HEALTH_SECONDS:g} s") == 1
 
 
 def test_no_trajectory_is_lost(faulty_run: FaultyRun) -> None:

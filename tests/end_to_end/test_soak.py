@@ -94,7 +94,7 @@ class RandomKiller:
         for step in sorted(self._chance.sample(range(1, STEPS - 2), KILLS)):
             it.wait_until(partial(_has_done, it, step), RUN_SECONDS)
             before = server(it, self._chance.choice(VICTIMS))
-            send(process_of(it, before), signal.SIGKILL)
+            send(process_of(before), signal.SIGKILL)
             self.kills += 1
             it.wait_until(partial(_is_back, it, before), RUN_SECONDS)
 

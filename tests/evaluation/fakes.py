@@ -12,6 +12,7 @@ from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError, Ticket
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.token_recorder import TokenRecorder
 from sod_mcore.trajectory import Prompt, Trajectory
+from tests.rollout.idle_pool import IdlePool
 
 
 def data_set(name: str, problems: int, sources: Sequence[str] = ("math",)) -> DataSet:
@@ -28,7 +29,7 @@ def data_set(name: str, problems: int, sources: Sequence[str] = ("math",)) -> Da
     return DataSet(name, tuple(prompts), digest=f"{name} {problems}")
 
 
-class FakePool:
+class FakePool(IdlePool):
     """Answers every prompt rightly; fails or drops as told.
 
     Args:

@@ -98,7 +98,16 @@ class Publisher:
             group=self.student.layout.world_group,
             groups=self.groups,
         )
-        return sync.publish(version)
+        difference = sync.publish(version)
+        assert difference is not None
+        return difference
+
+    def publish_to_a_dead_engine(self, version: int) -> float:
+        """A sync with an engine that has died so lately that nobody knows."""
+        folder = self.folder / "gone"
+        FleetStateFile(folder).record("dead", "student", "engine", CLOSED_PORT, "ready", 0)
+        engines, watch = (*self.urls, CLOSED_PORT), EngineWatch(folder, 0.0)
+        return self.publish(version, "tensor", engines=engines, watch=watch)
 
     def publish_with_a_death(self, version: int) -> float:
         """A sync by broadcast in which an engine dies after the first buckets."""
@@ -143,7 +152,7 @@ def work_off_ways(publisher: Publisher) -> dict[str, float | str]:
         "disk": peak_growth_bytes(lambda: publish(2, "disk")),
         "tensor": peak_growth_bytes(lambda: publish(3, "tensor")),
         "tensor in one bucket": peak_growth_bytes(lambda: publish(4, "tensor", WHOLE_MODEL_MB)),
-        "engine gone": failure(lambda: publish(5, "tensor", engines=(*urls, CLOSED_PORT))),
+        "engine gone": failure(lambda: publisher.publish_to_a_dead_engine(5)),
         "last tensor refused": failure(lambda: publish(6, "tensor", engine_folder="without_norm")),
     }
     publish(7, "tensor")
@@ -182,8 +191,8 @@ class WatchOfADeath(EngineWatch):
         for name, url in zip(("first", "second"), self.urls, strict=True):
             self._file.record(name, "student", "engine", url, "ready", 0)
 
-    def begin_update(self, endpoints: Endpoints, model: str) -> Endpoints:
-        ready = super().begin_update(endpoints, model)
+    def begin_update(self, endpoints: Endpoints, model: str, version: int) -> Endpoints | None:
+        ready = super().begin_update(endpoints, model, version)
         self.begun += 1
         self._file.record("second", "student", "engine", CLOSED_PORT, "restarting", 0)
         return ready
@@ -193,7 +202,7 @@ class WatchOfADeath(EngineWatch):
         self._file.record("second", "student", "engine", CLOSED_PORT, "ready", 1)
 
 
-def failure(sync: Callable[[], float]) -> str:
+def failure(sync: Callable[[], object]) -> str:
     """How a sync ended that must fail."""
     try:
         sync()
@@ -202,7 +211,7 @@ def failure(sync: Callable[[], float]) -> str:
     return "no error"
 
 
-def peak_growth_bytes(sync: Callable[[], float]) -> float:
+def peak_growth_bytes(sync: Callable[[], object]) -> float:
     """The largest resident memory while ``sync`` runs, beyond what is resident before."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _memory_bytes("VmRSS")

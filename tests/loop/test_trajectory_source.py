@@ -16,16 +16,24 @@ from sod_mcore.data.prompts import PromptSource
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource
-from sod_mcore.rollout.pool import RolloutError, RolloutPool, Ticket
+from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError, Ticket
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.token_recorder import TokenRecorder
+from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+from sod_mcore.serving.fleet_state import FleetStateFile
 from sod_mcore.trajectory import Prompt, Trajectory
+from tests.rollout.idle_pool import IdlePool
 
 STEPS = 5
+STUDENT = Endpoints(
+    "http://door:1",
+    {"student": ModelEndpoints("student", "http://a:1", ("http://a:1",), "folder", 64, 100)},
+    *(1, 1, "elsewhere"),
+)
 PROMPTS = tuple(Prompt((), "", "s", f"p{i}") for i in range(20))
 
 
-class VersionedPool:
+class VersionedPool(IdlePool):
     """Samples each batch with the weights of its submission, and tells when that was."""
 
     def __init__(self) -> None:
@@ -43,6 +51,8 @@ class VersionedPool:
         on_progress: Callable[[RolloutProgress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> RolloutResult:
+        if should_stop():
+            raise RolloutInterruptedError
         version, request = self.submitted[ticket]
         wanted = len(request.prompts) - request.spare_prompts
         trajectories = [sampled(prompt, version) for prompt in request.prompts[:wanted]]
@@ -70,7 +80,7 @@ def live_source(pool: VersionedPool, folder: Path, **rollout: int) -> LiveSource
     # A StopRequest proper takes the signals of the process.
     stop = cast(StopRequest, SimpleNamespace(reason=None))
     watch = EngineWatch(folder / "no_fleet", patience_seconds=0.0)
-    return LiveSource(cast(RolloutPool, pool), source, config, stop, watch)
+    return LiveSource(pool, source, config, stop, watch)
 
 
 def run_steps(source: LiveSource, pool: VersionedPool, first_step: int = 0) -> list[list[str]]:
@@ -78,6 +88,7 @@ def run_steps(source: LiveSource, pool: VersionedPool, first_step: int = 0) -> l
     prompts = []
     for step in range(first_step, STEPS):
         pool.version = step
+        source.weights_are_published(step)
         batch = source.batch(step, weight_version=step)
         prompts.append([t.group_id for t in batch.trajectories])
     return prompts
@@ -104,6 +115,30 @@ def test_a_step_is_submitted_with_the_weights_of_so_many_steps_before(tmp_path: 
     recorded = ReplaySource(tmp_path / "recorded")
     staleness = [int(recorded.batch(step, step).staleness.max()) for step in range(STEPS)]
     assert staleness == [0, 1, 2, 2, 2]
+
+
+def test_what_may_be_sampled_begins_when_the_weights_are_there(tmp_path: Path) -> None:
+    """And not when the step is asked for: an evaluation or a checkpoint may lie between."""
+    pool = VersionedPool()
+    ahead, synchronous = (live_source(pool, tmp_path, max_staleness=n) for n in (2, 0))
+    ahead.weights_are_published(0)
+    assert len(pool.submitted) == 3
+    synchronous.weights_are_published(0)
+    assert len(pool.submitted) == 3
+
+
+def test_a_batch_that_was_interrupted_is_asked_for_again(tmp_path: Path) -> None:
+    """Its conversations go on: nothing is submitted twice."""
+    pool, fleet = VersionedPool(), FleetStateFile(tmp_path / "no_fleet")
+    source = live_source(pool, tmp_path)
+    fleet.record("student_engine_0", "student", "engine", "http://a:1", "ready", 0)
+    source.watch.begin_update(STUDENT, "student", 0)
+    fleet.record("student_engine_0", "student", "engine", "http://a:1", "ready", 1)
+    with pytest.raises(RolloutInterruptedError):
+        source.batch(0, weight_version=0)
+    source.watch.begin_update(STUDENT, "student", 0)
+    assert len(source.batch(0, weight_version=0).trajectories) == 3
+    assert len(pool.submitted) == 1
 
 
 def test_tokens_of_an_engine_that_lost_its_weights_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.pool import RolloutInterruptedError, RolloutPool
+from sod_mcore.rollout.pool import RolloutInterruptedError
+from sod_mcore.rollout.process_pool import ProcessPool
 from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.trajectory import Prompt
 from tests.rollout.scripted_engine import QUESTION, ScriptedEngine, serve, settings
@@ -38,7 +39,7 @@ def test_the_pool_goes_on_while_nobody_listens(tmp_path: Path) -> None:
     engine = ScriptedEngine(turn_seconds=0.0)
     with (
         serve(engine) as url,
-        RolloutPool(settings(tmp_path, url, CONNECTIONS)) as pool,
+        ProcessPool(settings(tmp_path, url, CONNECTIONS)) as pool,
     ):
         tickets = [pool.submit(asked(200)) for _ in range(3)]
         until(lambda: len(engine.served) == 3 * 200 * 2)
@@ -50,7 +51,7 @@ def test_a_batch_that_is_cancelled_ends_in_the_engine(tmp_path: Path) -> None:
     engine = ScriptedEngine(turn_seconds=600.0)
     with (
         serve(engine) as url,
-        RolloutPool(settings(tmp_path, url, CONNECTIONS)) as pool,
+        ProcessPool(settings(tmp_path, url, CONNECTIONS)) as pool,
     ):
         ticket = pool.submit(asked(5))
         with pytest.raises(RolloutInterruptedError):
@@ -67,7 +68,7 @@ def test_an_engine_samples_nothing_before_it_has_the_weights(tmp_path: Path) -> 
     engine.version = 3
     with (
         serve(engine) as url,
-        RolloutPool(settings(tmp_path, url, CONNECTIONS)) as pool,
+        ProcessPool(settings(tmp_path, url, CONNECTIONS)) as pool,
     ):
         assert pool.collect(pool.submit(asked(2, weight_version=3)), 60.0).trajectories
         ticket, served = pool.submit(asked(2, weight_version=4)), len(engine.served)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.pool import RolloutPool
+from sod_mcore.rollout.process_pool import ProcessPool
 from sod_mcore.rollout.request import RolloutRequest, RolloutResult
 from sod_mcore.timeline import Span, Spans
 from sod_mcore.trajectory import Prompt
@@ -62,7 +62,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
     request = RolloutRequest((Prompt((QUESTION,), "5", "sums", "p0"),), 3, Sampling(1.0, 1.0))
     with (
         serve(engine) as url,
-        RolloutPool(settings(tmp_path_factory.mktemp("run"), url), heard.append) as pool,
+        ProcessPool(settings(tmp_path_factory.mktemp("run"), url), heard.append) as pool,
     ):
         pool.pause()
         submitted = time.monotonic()

@@ -1,0 +1,26 @@
+"""Calls that may never return, in threads that do not keep a process from ending."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+def call_in_thread(work: Callable[[], Result], name: str) -> Future[Result]:
+    """Begin ``work`` in a thread of its own; its result, or its error, comes with the future."""
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(result)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return outcome
