@@ -2,8 +2,8 @@
 
 An engine takes part in a collective operation while it answers a request, so every step here is
 both at once: requests to all engines, and rank 0's part in a thread. Whatever goes wrong ends in a
-bounded time in one error that names one engine: the one that gives no answer, if there is one, for
-the others only notice that it is gone.
+bounded time in one error that names one engine: the one that is gone or gives no answer, if there
+is one, for the others only notice it.
 """
 
 from __future__ import annotations
@@ -191,8 +191,9 @@ class EngineGroup:
         failed_early: Sequence[bool],
         our_error: BaseException | None,
     ) -> Exception:
-        """What to tell of a failed operation: first of an engine that is gone or does not answer,
-        then of the one that failed first, then of those that only noticed."""
+        """What to tell of a failed operation: first of an engine that is gone, then of one that
+        gives no answer, then of the one that failed first, then of those that only noticed."""
+        gone: list[Exception] = []
         silent: list[Exception] = []
         refused: list[Exception] = []
         noticed: list[Exception] = []
@@ -202,10 +203,10 @@ class EngineGroup:
                 message = f"{receiver.url}/{endpoint}: no answer{reason}"
                 silent.append(EngineError(message, retryable=True))
             elif isinstance(answer, EngineError):
-                kind = silent if answer.status is None else refused if is_early else noticed
+                kind = gone if answer.status is None else refused if is_early else noticed
                 kind.append(answer)
         ours = WeightUpdateError(f"{endpoint}: rank 0 failed: {our_error}")
-        return [*silent, *refused, *noticed, ours][0]
+        return [*gone, *silent, *refused, *noticed, ours][0]
 
 
 def rank_offsets(receivers: Sequence[Receiver]) -> list[int]:

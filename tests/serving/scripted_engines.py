@@ -120,9 +120,9 @@ class ScriptedEngines:
             body = await request.json()
             has_enough = len(self.received[index]) >= self.accepted_buckets
             if has_enough and self.dying == index:
-                self.ranks[index].die()
                 assert request.transport is not None
                 request.transport.abort()
+                self.ranks[index].die()
             if has_enough and self.stuck == index:
                 return await self._never()
             tensors = await self.ranks[index].receive(body)
