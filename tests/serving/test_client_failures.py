@@ -228,7 +228,7 @@ def test_a_wait_that_is_too_long_names_every_engine() -> None:
                 with pytest.raises(EngineError) as caught:
                     await ask(client)
         message = str(caught.value)
-        assert message.startswith("student: none of its 2 engine(s) could be used for 0.5 s")
+        assert message.startswith("student: none of its 2 engine(s) answered for 0.5 s")
         assert "serving.restart_timeout_seconds" in message
         assert f"{dead}: {dead}/health: ClientConnectorError" in message
         assert f"{url}: {url}/health answered 503" in message
