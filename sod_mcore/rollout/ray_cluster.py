@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from sod_mcore.config import ConfigError, RolloutConfig
+from sod_mcore.outcome import EXIT_FAILED
+from sod_mcore.platform.early_leave import leave_early
 from sod_mcore.platform.signal_actions import kept_signal_actions
 from sod_mcore.rollout.child_environment import single_process_environment
 from sod_mcore.rollout.daemon_threads import call_in_thread
@@ -233,6 +235,7 @@ def _connected(address: str, cluster: LocalRay | JoinedRay) -> Iterator[None]:
         if cluster.is_lost:
             # Calls would wait for what is gone, until Ray ends this process after a minute.
             atexit.unregister(ray.shutdown)
+            leave_early(EXIT_FAILED)
         else:
             with kept_signal_actions(STOP_SIGNALS), suppress(TimeoutError):
                 call_in_thread(ray.shutdown, "ray-disconnect").result(_DISCONNECT_SECONDS)

@@ -21,10 +21,6 @@ from tests.serving.processes import Process, descendants, running, wait_until_go
 
 pytestmark = pytest.mark.long
 
-CRASHES = pytest.mark.xfail(
-    reason="Ray 2.60.0, its cluster gone, may end the program with SIGSEGV at its exit",
-    strict=False,
-)
 PATIENCE = 300.0
 GONE_SECONDS = 60.0
 
@@ -75,15 +71,7 @@ def folder_of(guardian: Process) -> Path:
     return Path(words[words.index("sod_mcore.rollout.local_ray") + 2])
 
 
-@pytest.mark.parametrize(
-    "killed",
-    [
-        "the run",
-        pytest.param("local_ray", marks=CRASHES),
-        pytest.param("raylet/raylet", marks=CRASHES),
-        pytest.param("gcs/gcs_server", marks=CRASHES),
-    ],
-)
+@pytest.mark.parametrize("killed", ["the run", "local_ray", "raylet/raylet", "gcs/gcs_server"])
 def test_nothing_is_left_whatever_is_killed(killed: str, tmp_path: Path) -> None:
     home_before = (Path.home() / ".ray").exists()
     with playing(tmp_path) as program:
@@ -105,7 +93,6 @@ def test_nothing_is_left_whatever_is_killed(killed: str, tmp_path: Path) -> None
     assert (Path.home() / ".ray").exists() == home_before, "no secret on the disk"
 
 
-@CRASHES
 def test_a_cluster_that_dies_ends_the_run_in_order(tmp_path: Path) -> None:
     """Ray alone would end the process after a minute, and say nothing of the run."""
     cluster = LocalRay(tmp_path / "cluster.log")
