@@ -14,16 +14,11 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.scoring_overlap import EXAMPLE, REPOSITORY, settings
-from examples.arithmetic.command_line import RECIPE
-from examples.arithmetic.make_data import write_data
-from examples.arithmetic.settings import ArithmeticSettings
-from sod_mcore.config_file import load_config
+from benchmarks.served_example import CONFIG, REPOSITORY, run_while_served, settings
 
 SKIPPED_STEPS = 2
 RUN_SECONDS = 1800.0
@@ -58,19 +53,7 @@ def main() -> None:
     if options.served is not None:
         measure(options.served, options.steps, options.repetitions)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        serve_around(Path(folder), sys.argv[1:])
-
-
-def serve_around(folder: Path, arguments: Sequence[str]) -> None:
-    """Run this program again while the models are served."""
-    (folder / "data").mkdir()
-    small = ("data.train_prompts=512", "data.eval_prompts=32", "data.copy_rows=1")
-    write_data(folder / "data", load_config(ArithmeticSettings, RECIPE, small).data)
-    again = [sys.executable, "-m", "benchmarks.sampling_ahead", "--served", str(folder)]
-    serve = [sys.executable, "-m", "sod_mcore.serving", str(EXAMPLE / "sod.yaml")]
-    command = [*serve, *settings(folder), "--", *again, *arguments]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
+    run_while_served("benchmarks.sampling_ahead", sys.argv[1:], train_prompts=512)
 
 
 def measure(folder: Path, steps: int, repetitions: int) -> None:
@@ -100,14 +83,12 @@ def train(folder: Path, steps: int, staleness: int, repetition: int) -> Run:
         "run.export=null",
         f"rollout.max_staleness={staleness}",
         "rollout.concurrency=128",
-        "serving.max_connections=256",
         "algorithm.tis_cap=2.0",
         "optimizer.lr=1e-6",
         "optimizer.min_lr=0.0",
-        "report.wandb=disabled",
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", "pretrain_sod.py", str(EXAMPLE / "sod.yaml")]
+    command = [*launcher, "--nproc-per-node", "2", "pretrain_sod.py", str(CONFIG)]
     subprocess.run([*command, *changes], cwd=REPOSITORY, check=True, timeout=RUN_SECONDS)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return Run(staleness, tuple(line for line in lines if line["step"] > SKIPPED_STEPS))

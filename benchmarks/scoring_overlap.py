@@ -19,9 +19,7 @@ import argparse
 import asyncio
 import dataclasses
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -30,9 +28,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.delayed_teacher import delayed
-from examples.arithmetic.command_line import RECIPE
-from examples.arithmetic.make_data import write_data
-from examples.arithmetic.settings import ArithmeticSettings
+from benchmarks.served_example import CONFIG, run_while_served, settings
 from sod_mcore.config import SodConfig
 from sod_mcore.config_file import load_config
 from sod_mcore.data import read_prompts
@@ -46,11 +42,10 @@ from sod_mcore.serving.fleet import Endpoints, read_endpoints, write_endpoints
 from sod_mcore.serving.scoring import score
 from sod_mcore.trajectory import Prompt, Trajectory
 
-REPOSITORY = Path(__file__).parents[1]
-EXAMPLE = REPOSITORY / "examples" / "arithmetic"
 PROMPTS = 256
 CONNECTIONS = 8
 """Open requests to each model, and conversations at a time."""
+SERIAL = (f"serving.max_connections={CONNECTIONS}", f"rollout.concurrency={CONNECTIONS}")
 COLLECT_SECONDS = 600.0
 
 Result = TypeVar("Result")
@@ -80,42 +75,12 @@ def main() -> None:
     if options.served is not None:
         measure(options.served, options.delay, options.repetitions)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        serve_around(Path(folder), sys.argv[1:])
-
-
-def serve_around(folder: Path, arguments: Sequence[str]) -> None:
-    """Run this program again while the models are served."""
-    (folder / "data").mkdir()
-    small = (f"data.train_prompts={PROMPTS}", "data.eval_prompts=32", "data.copy_rows=1")
-    write_data(folder / "data", load_config(ArithmeticSettings, RECIPE, small).data)
-    again = [sys.executable, "-m", "benchmarks.scoring_overlap", "--served", str(folder)]
-    serve = [sys.executable, "-m", "sod_mcore.serving", str(EXAMPLE / "sod.yaml")]
-    subprocess.run(
-        [*serve, *settings(folder), "--", *again, *arguments], cwd=REPOSITORY, check=True
-    )
-
-
-def settings(folder: Path) -> list[str]:
-    """What differs from the example: its teacher is both models."""
-    teacher = EXAMPLE / "teacher"
-    return [
-        f"run.directory={folder}",
-        f"serving.directory={folder}",
-        f"student.model_path={teacher}",
-        f"serving.student.model_path={teacher}",
-        f"serving.max_connections={CONNECTIONS}",
-        f"rollout.concurrency={CONNECTIONS}",
-        f"data.train={folder}/data/train.parquet",
-        "evaluation.data=null",
-        "algorithm.topk.k=0",
-        "algorithm.distillation=advantage",
-    ]
+    run_while_served("benchmarks.scoring_overlap", sys.argv[1:], PROMPTS, SERIAL)
 
 
 def measure(folder: Path, delay_seconds: float, repetitions: int) -> None:
     """Measure on engines that run, and print the table."""
-    config = load_config(SodConfig, EXAMPLE / "sod.yaml", settings(folder))
+    config = load_config(SodConfig, CONFIG, [*settings(folder), *SERIAL])
     prompts = tuple(read_prompts(Path(config.data.train)))[:PROMPTS]
     with ExitStack() as stack:
         endpoints = read_endpoints(folder)

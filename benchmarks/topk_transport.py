@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from benchmarks.scoring_overlap import EXAMPLE, REPOSITORY, settings
+from benchmarks.served_example import run_while_served
 from sod_mcore.serving.fleet import read_endpoints
 from sod_mcore.serving.scoring import read_answer
 
@@ -55,11 +53,7 @@ def main() -> None:
     if options.served is not None:
         asyncio.run(measure(options.served, options.repetitions))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        again = [sys.executable, "-m", "benchmarks.topk_transport", "--served", folder]
-        serve = [sys.executable, "-m", "sod_mcore.serving", str(EXAMPLE / "sod.yaml")]
-        command = [*serve, *settings(Path(folder)), "--", *again, *sys.argv[1:]]
-        subprocess.run(command, cwd=REPOSITORY, check=True)
+    run_while_served("benchmarks.topk_transport", sys.argv[1:], train_prompts=32)
 
 
 async def measure(folder: Path, repetitions: int) -> None:
