@@ -57,6 +57,22 @@ def test_requests_that_wait_for_new_weights_are_shared() -> None:
     run_bounded(test)
 
 
+def test_the_wait_for_weights_of_a_healthy_engine_has_no_limit_of_its_own() -> None:
+    """The trainer sends them when it has time for it; attempts are not used up meanwhile."""
+
+    async def test() -> None:
+        engine = ScriptedEngine(serving(3))
+        async with connect(engine, restart_timeout_seconds=0.2, attempts=1) as client:
+            client.require_version("student", 3)
+            request = asyncio.create_task(ask(client))
+            await asyncio.sleep(1.0)
+            assert not request.done()
+            engine.weight_version = "3"
+            assert (await request).weight_version == 3
+
+    run_bounded(test)
+
+
 def test_an_engine_that_is_down_is_asked_at_once_when_it_may_have_new_weights() -> None:
     """Pauses between the questions have grown long by then."""
 
