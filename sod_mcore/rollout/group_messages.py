@@ -95,6 +95,7 @@ class ActorReport:
         counts: of groups that are not and have gone on.
         spans: what was done when, in seconds of the driver's clock and lanes of all actors.
         counters: what happened to its requests to the engines so far, by model.
+        unusable: groups that cannot be played, and why, in words for the user.
         failure: why the actor cannot go on, in words for the user.
     """
 
@@ -102,4 +103,5 @@ class ActorReport:
     counts: Mapping[GroupKey, SampleCounts] = field(default_factory=dict)
     spans: Spans = field(default_factory=Spans.of)
     counters: Mapping[str, ClientCounters] = field(default_factory=dict)
+    unusable: Mapping[GroupKey, str] = field(default_factory=dict)
     failure: str | None = None

@@ -86,6 +86,14 @@ class BatchDone:
 
 
 @dataclass(frozen=True)
+class BatchFailed:
+    """A batch that cannot be played, in words for the user; the others go on."""
+
+    ticket: Ticket
+    message: str
+
+
+@dataclass(frozen=True)
 class GateRequest:
     """Close (pause) or open (resume) the gate through which requests reach the engines."""
 
@@ -115,7 +123,7 @@ class ProcessPool(RolloutPool):
         self._log_path = settings.run_directory / "rollout_pool.log"
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._tickets = itertools.count()
-        self._results: dict[Ticket, RolloutResult] = {}
+        self._results: dict[Ticket, RolloutResult | BatchFailed] = {}
         self._cancelled: set[Ticket] = set()
         self._counters: Mapping[str, ClientCounters] = {}
         self._gate_replies: deque[GateReply] = deque()
@@ -168,7 +176,10 @@ class ProcessPool(RolloutPool):
         self._wait_until(is_over, timeout_seconds, "finish a batch", hear)
         if ticket not in self._results:
             raise RolloutInterruptedError
-        return self._results.pop(ticket)
+        result = self._results.pop(ticket)
+        if isinstance(result, BatchFailed):
+            raise RolloutError(result.message)
+        return result
 
     def cancel(self, ticket: Ticket) -> None:
         self._results.pop(ticket, None)
@@ -253,13 +264,19 @@ class ProcessPool(RolloutPool):
         elif isinstance(message, BatchDone):
             self._on_spans(message.result.spans)
             self._counters = message.counters
-            if message.ticket not in self._cancelled:
-                self._results[message.ticket] = message.result
+            self._keep(message.ticket, message.result)
+        elif isinstance(message, BatchFailed):
+            self._keep(message.ticket, message)
         elif isinstance(message, GateReply):
             self._gate_replies.append(message)
         elif isinstance(message, PoolFailure):
             raise RolloutError(message.message)
         return message is not None
+
+    def _keep(self, ticket: Ticket, result: RolloutResult | BatchFailed) -> None:
+        """Until it is collected, unless nobody will."""
+        if ticket not in self._cancelled:
+            self._results[ticket] = result
 
 
 class _Inbox:

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from sod_mcore.rollout.group import Group, GroupResult
+from sod_mcore.rollout.group import Group, GroupResult, UnusableRowError
 from sod_mcore.rollout.group_messages import (
     ActorHost,
     ActorReport,
@@ -51,6 +51,7 @@ class RolloutActor:
         self._opened: RolloutServices | None = None
         self._tasks: dict[GroupKey, asyncio.Task[None]] = {}
         self._finished: dict[GroupKey, GroupResult] = {}
+        self._unusable: dict[GroupKey, str] = {}
         self._progress: dict[GroupKey, SampleCounts] = {}
         self._counts: dict[GroupKey, SampleCounts] = {}
         self._failure: str | None = None
@@ -115,9 +116,10 @@ class RolloutActor:
             self._counts,
             self._recorder.take(),
             self._services.counters(),
+            self._unusable,
             self._failure,
         )
-        self._finished, self._counts = {}, {}
+        self._finished, self._counts, self._unusable = {}, {}, {}
         return report
 
     async def set_gate(self, is_open: bool) -> None:
@@ -133,8 +135,11 @@ class RolloutActor:
         try:
             self._finished[key] = await group.run()
             self._tell_at_once()
+        except UnusableRowError as error:
+            logger.error("%s", traceback.format_exc())
+            self._unusable[key] = describe_failure(error)
+            self._tell_at_once()
         except Exception as error:
-            # As in the pool process: what ends a batch ends the run.
             logger.error("%s", traceback.format_exc())
             self._failure = self._failure or describe_failure(error)
             self._tell_at_once()

@@ -251,6 +251,10 @@ class RayDriver:
         for key, result in report.groups.items():
             if key.ticket in self._batches:
                 self._batches[key.ticket].groups.take(key.position, result)
+        for key, reason in report.unusable.items():
+            if key.ticket in self._batches:
+                batch = self._batches.pop(key.ticket)
+                self._spawn(self._end(batch, RolloutError(reason)))
         for ticket in {key.ticket for key in (*report.counts, *report.groups)}:
             if ticket in self._batches:
                 self._settle(ticket, self._batches[ticket])
@@ -260,13 +264,16 @@ class RayDriver:
         batch.on_progress(batch.groups.progress)
         if batch.groups.is_done:
             del self._batches[ticket]
-            self._spawn(self._complete(batch))
+            self._spawn(self._end(batch))
 
-    async def _complete(self, batch: _Batch) -> None:
-        """The result is out when nothing of the batch is played any more."""
+    async def _end(self, batch: _Batch, error: RolloutError | None = None) -> None:
+        """The result, or why there is none, is out when nothing of the batch is played any more."""
         await self._end_groups(batch)
         self._awaited.remove(batch.result)
-        batch.result.set_result(batch.groups.result())
+        if error is None:
+            batch.result.set_result(batch.groups.result())
+        else:
+            batch.result.set_exception(error)
 
     async def _end_groups(self, batch: _Batch) -> None:
         unfinished = [batch.groups.unfinished(member.number) for member in self._members]

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sod_mcore.rollout.batch import run_batch
+from sod_mcore.rollout.group import UnusableRowError
 from sod_mcore.rollout.pool import (
     CLOSE_TIMEOUT_SECONDS,
     URGENT,
@@ -31,6 +32,7 @@ from sod_mcore.rollout.pool import (
 from sod_mcore.rollout.process_pool import (
     BatchCancel,
     BatchDone,
+    BatchFailed,
     BatchOrder,
     BatchProgress,
     GateReply,
@@ -80,7 +82,7 @@ async def _dispatch(
     connection: Connection,
     services: RolloutServices,
 ) -> None:
-    """Begin what is asked for until the pipe closes, or a batch fails."""
+    """Begin what is asked for until the pipe closes."""
     next_message = asyncio.create_task(messages.get())
     while True:
         await asyncio.wait({next_message, *batches.running}, return_when=asyncio.FIRST_COMPLETED)
@@ -125,11 +127,7 @@ class _Batches:
                 task.cancel()
 
     def forget_finished(self) -> None:
-        """Let go of finished batches.
-
-        Raises:
-            UnusableRowError: and whatever else ended a batch.
-        """
+        """Let go of finished batches; what ended one by a fault of ours is raised."""
         finished = {task for task in self.running if task.done()}
         self.running -= finished
         for task in finished:
@@ -144,15 +142,21 @@ class _Batches:
 
     async def _run(self, order: BatchOrder) -> None:
         recorder = SpanRecorder()
-        result = await run_batch(
-            order.request,
-            self._services.batch_services,
-            slots=self._slots,
-            priority=URGENT if order.request.is_urgent else order.ticket,
-            attempts=self._settings.rollout.attempts,
-            on_progress=_throttled_sender(self._connection, order.ticket, recorder),
-            recorder=recorder,
-        )
+        try:
+            result = await run_batch(
+                order.request,
+                self._services.batch_services,
+                slots=self._slots,
+                priority=URGENT if order.request.is_urgent else order.ticket,
+                attempts=self._settings.rollout.attempts,
+                on_progress=_throttled_sender(self._connection, order.ticket, recorder),
+                recorder=recorder,
+            )
+        except UnusableRowError as error:
+            # The steps before this one can still be trained, and be saved.
+            traceback.print_exc()
+            self._connection.send(BatchFailed(order.ticket, describe_failure(error)))
+            return
         self._connection.send(BatchDone(order.ticket, result, self._services.counters()))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sod_mcore.rollout.episode import Sampling
-from sod_mcore.rollout.pool import RolloutInterruptedError
+from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError
 from sod_mcore.rollout.process_pool import ProcessPool
 from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.trajectory import Prompt
@@ -19,9 +19,11 @@ PROMPT = Prompt((QUESTION,), "5", "sums", "p0")
 CONNECTIONS = 64
 
 
-def asked(samples: int, weight_version: int | None = None) -> RolloutRequest:
+def asked(
+    samples: int, weight_version: int | None = None, prompt: Prompt = PROMPT
+) -> RolloutRequest:
     return RolloutRequest(
-        *((PROMPT,), samples, Sampling(1.0, 1.0)),
+        *((prompt,), samples, Sampling(1.0, 1.0)),
         with_teacher=False,
         weight_version=weight_version,
     )
@@ -60,6 +62,22 @@ def test_a_batch_that_is_cancelled_ends_in_the_engine(tmp_path: Path) -> None:
         pool.cancel(ticket)
         until(lambda: len(engine.aborted) == 5)
         engine.turn_seconds = 0.0
+        assert len(pool.collect(pool.submit(asked(2)), 60.0).trajectories) == 2
+
+
+def test_an_unusable_row_ends_its_own_batch_only(tmp_path: Path) -> None:
+    """One that was sampled ahead takes nothing from the steps before it."""
+    engine = ScriptedEngine(turn_seconds=0.0)
+    without_answer = Prompt((QUESTION,), "", "sums", "p1")
+    with (
+        serve(engine) as url,
+        ProcessPool(settings(tmp_path, url, CONNECTIONS)) as pool,
+    ):
+        bad = pool.submit(asked(3, prompt=without_answer))
+        good = pool.submit(asked(3))
+        assert len(pool.collect(good, 60.0).trajectories) == 3
+        with pytest.raises(RolloutError, match=r"^rollout pool: UnusableRowError: p1: .*ground"):
+            pool.collect(bad, 60.0)
         assert len(pool.collect(pool.submit(asked(2)), 60.0).trajectories) == 2
 
 

@@ -185,15 +185,21 @@ def test_cancelled_groups_end_and_are_not_reported(
     play(tmp_path, monkeypatch, script)
 
 
-def test_an_unusable_row_is_a_failure_in_the_words_of_the_process_pool(
+def test_an_unusable_row_is_told_in_the_words_of_the_process_pool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def script(actor: RolloutActor, services: Services) -> None:
         services.free["p0"] = 1
         services.unusable.add("p0")
         await actor.begin(order(0, (0,), priority=0))
-        failure = "rollout pool: UnusableRowError: p0: the ground truth is empty"
-        assert (await actor.report()).failure == failure
+        reason = "rollout pool: UnusableRowError: p0: the ground truth is empty"
+        report = await actor.report()
+        assert (report.unusable, report.failure) == ({GroupKey(0, 0): reason}, None)
+        services.free["p1"] = 2
+        await actor.begin(order(1, (1,), priority=1))
+        report = await actor.report()
+        assert list(report.groups) == [GroupKey(1, 1)]
+        assert not report.unusable, "it is told once"
 
     play(tmp_path, monkeypatch, script)
     assert "UnusableRowError" in (tmp_path / "rollout_actor_0.log").read_text()

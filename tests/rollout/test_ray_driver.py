@@ -307,7 +307,7 @@ def test_progress_counts_samples_of_unfinished_groups() -> None:
 
 def test_a_failure_on_an_actor_ends_the_pool_in_its_words() -> None:
     stage = Stage()
-    message = "rollout pool: UnusableRowError: p0: the ground truth is empty"
+    message = "rollout pool: KeyError: 'a fault of ours'"
 
     async def script(driver: RayDriver) -> None:
         _, future = await stage.submit(driver, request(2))
@@ -317,6 +317,27 @@ def test_a_failure_on_an_actor_ends_the_pool_in_its_words() -> None:
         for again in (driver.set_gate(True), stage.submit(driver, request(1))):
             with pytest.raises(RolloutError, match=message):
                 await again
+
+    play(stage, script)
+
+
+def test_an_unusable_row_ends_its_own_batch_only() -> None:
+    stage = Stage()
+    message = "rollout pool: UnusableRowError: p1: the ground truth is empty"
+
+    async def script(driver: RayDriver) -> None:
+        early, early_future = await stage.submit(driver, request(2))
+        late, late_future = await stage.submit(driver, request(4))
+        first, second = stage.actors
+        await until(lambda: len(first.orders) == len(second.orders) == 2)
+        second.tell(ActorReport(unusable={GroupKey(late, 1): message}))
+        with pytest.raises(RolloutError, match=message):
+            await result_of(late_future)
+        assert first.cancelled == [GroupKey(late, 0), GroupKey(late, 2)]
+        assert GroupKey(late, 3) in second.cancelled
+        first.finish(early, 0)
+        second.finish(early, 1)
+        assert len((await result_of(early_future)).trajectories) == 4
 
     play(stage, script)
 
