@@ -1,4 +1,4 @@
-"""A teacher's engine that answers late: passes each request on to a real engine after a pause.
+"""Teachers that answer late: one passes each request on to a real engine, one answers by itself.
 
 Where engines and trainer share two cores, a score costs CPU time that nothing can hide. A teacher
 that only lets one wait, as one on another machine does, shows what the rollout hides.
@@ -10,44 +10,102 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import aiohttp
+import orjson
 from aiohttp import web
 
 LARGEST_REQUEST_BYTES = 512 << 20
 TIMEOUT_SECONDS = 300.0
+SCRIPTED_LOGPROB = -1.0
+"""What a teacher without an engine gives every token, in nats."""
+
+
+class Answering(Protocol):
+    """Gives the body of a score's answer; a context manager on the server's event loop."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def answer(self, body: bytes) -> bytes: ...
 
 
 @contextmanager
-def delayed(engine_url: str, seconds: float) -> Iterator[str]:
-    """The address of an engine like that at ``engine_url``, but ``seconds`` later."""
+def delayed(answering: Answering, seconds: float) -> Iterator[str]:
+    """The address of an engine that gives these answers ``seconds`` late."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="delayed-teacher", daemon=True)
     thread.start()
-    proxy = _Proxy(engine_url, seconds)
+    server = _Server(answering, seconds)
     try:
-        yield asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(30)
+        yield asyncio.run_coroutine_threadsafe(server.start(), loop).result(30)
     finally:
-        asyncio.run_coroutine_threadsafe(proxy.stop(), loop).result(30)
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(30)
         loop.close()
 
 
-class _Proxy:
-    def __init__(self, engine_url: str, seconds: float) -> None:
-        self._engine_url = engine_url
-        self._seconds = seconds
-        self._session: aiohttp.ClientSession | None = None
-        self._runner: web.AppRunner | None = None
+class EngineAnswers:
+    """Those of a real engine."""
 
-    async def start(self) -> str:
-        application = web.Application(client_max_size=LARGEST_REQUEST_BYTES)
-        application.router.add_post("/generate", self._generate)
+    def __init__(self, engine_url: str) -> None:
+        self._engine_url = engine_url
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=TIMEOUT_SECONDS),
         )
+
+    async def stop(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def answer(self, body: bytes) -> bytes:
+        assert self._session is not None
+        headers = {"Content-Type": "application/json"}
+        url = f"{self._engine_url}/generate"
+        async with self._session.post(url, data=body, headers=headers) as answer:
+            answer.raise_for_status()
+            return await answer.read()
+
+
+class ScriptedAnswers:
+    """The same number for every token, at next to no CPU time."""
+
+    async def start(self) -> None:
+        """Nothing is needed."""
+
+    async def stop(self) -> None:
+        """Nothing is open."""
+
+    async def answer(self, body: bytes) -> bytes:
+        request = orjson.loads(body)
+        ids = request["input_ids"][request["logprob_start_len"] :]
+        first, *rest = ids
+        entries = [[None, first, None], *([SCRIPTED_LOGPROB, token, None] for token in rest)]
+        meta = {
+            "input_token_logprobs": entries,
+            "weight_version": "0",
+            "finish_reason": {"type": "length", "length": 0},
+        }
+        return orjson.dumps({"text": "", "output_ids": [], "meta_info": meta})
+
+
+class _Server:
+    def __init__(self, answering: Answering, seconds: float) -> None:
+        self._answering = answering
+        self._seconds = seconds
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> str:
+        await self._answering.start()
+        application = web.Application(client_max_size=LARGEST_REQUEST_BYTES)
+        application.router.add_post("/generate", self._generate)
         self._runner = web.AppRunner(application, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -56,16 +114,11 @@ class _Proxy:
     async def stop(self) -> None:
         if self._runner is not None:
             await self._runner.cleanup()
-        if self._session is not None:
-            await self._session.close()
+        await self._answering.stop()
 
     async def _generate(self, request: web.Request) -> web.Response:
-        assert self._session is not None
         body = await request.read()
         await asyncio.sleep(self._seconds)
-        headers = {"Content-Type": "application/json"}
-        url = f"{self._engine_url}/generate"
-        async with self._session.post(url, data=body, headers=headers) as answer:
-            return web.Response(
-                body=await answer.read(), status=answer.status, content_type="application/json"
-            )
+        return web.Response(
+            body=await self._answering.answer(body), content_type="application/json"
+        )

@@ -1,11 +1,12 @@
 """How much of the teacher's scoring the rollout hides.
 
-    .venv/bin/python -m benchmarks.scoring_overlap [--delay 0.25] [--repetitions 3]
+    .venv/bin/python -m benchmarks.scoring_overlap [--teacher scripted] [--delay 0.12]
 
 The arithmetic example's teacher plays its problems greedily, so that every rollout is the same
-work, and scores them behind a proxy that answers ``--delay`` seconds late. Three things are
-measured in turn: a batch without scores, a batch with scores, and the scores of a finished batch
-alone, with as many connections. What is hidden is
+work. Scores come ``--delay`` seconds late: from an engine behind a proxy (``--teacher engine``),
+which takes the rollout's cores, or from a server that answers by itself (``scripted``), as if the
+teacher were on another machine. Three things are measured in turn: a batch without scores, a batch
+with scores, and the scores of a finished batch alone, with as many connections. What is hidden is
 
     1 - (with scores - without) / (scores alone).
 
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks.delayed_teacher import delayed
+from benchmarks.delayed_teacher import Answering, EngineAnswers, ScriptedAnswers, delayed
 from benchmarks.served_example import CONFIG, run_while_served, settings
 from sod_mcore.config import SodConfig
 from sod_mcore.config_file import load_config
@@ -68,24 +69,25 @@ class Times:
 def main() -> None:
     """Print one Markdown row for each repetition, and the median."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--delay", type=float, default=0.25, help="seconds")
+    parser.add_argument("--teacher", choices=("scripted", "engine"), default="scripted")
+    parser.add_argument("--delay", type=float, default=0.12, help="seconds")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--served", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.served is not None:
-        measure(options.served, options.delay, options.repetitions)
+        measure(options.served, options.teacher, options.delay, options.repetitions)
         return
     run_while_served("benchmarks.scoring_overlap", sys.argv[1:], PROMPTS, SERIAL)
 
 
-def measure(folder: Path, delay_seconds: float, repetitions: int) -> None:
+def measure(folder: Path, teacher: str, delay_seconds: float, repetitions: int) -> None:
     """Measure on engines that run, and print the table."""
     config = load_config(SodConfig, CONFIG, [*settings(folder), *SERIAL])
     prompts = tuple(read_prompts(Path(config.data.train)))[:PROMPTS]
     with ExitStack() as stack:
         endpoints = read_endpoints(folder)
-        engine = endpoints.model("teacher").engines[0]
-        late = with_teacher_at(endpoints, stack.enter_context(delayed(engine, delay_seconds)))
+        answering = answers_of(teacher, endpoints.model("teacher").engines[0])
+        late = with_teacher_at(endpoints, stack.enter_context(delayed(answering, delay_seconds)))
         write_endpoints(late, folder / "late")
         sources = sorted({prompt.data_source for prompt in prompts})
         in_pool = dataclasses.replace(
@@ -94,7 +96,12 @@ def measure(folder: Path, delay_seconds: float, repetitions: int) -> None:
         pool = stack.enter_context(ProcessPool(in_pool))
         play(pool, prompts, with_teacher=True)  # what is done once and for all
         rows = [repetition(pool, prompts, late) for _ in range(repetitions)]
-    print_table(rows, delay_seconds)
+    print_table(rows, teacher, delay_seconds)
+
+
+def answers_of(teacher: str, engine_url: str) -> Answering:
+    """Who answers."""
+    return ScriptedAnswers() if teacher == "scripted" else EngineAnswers(engine_url)
 
 
 def with_teacher_at(endpoints: Endpoints, url: str) -> Endpoints:
@@ -137,10 +144,11 @@ def timed(work: Callable[[], Result]) -> tuple[float, Result]:
     return time.monotonic() - started, result
 
 
-def print_table(rows: Sequence[Times], delay_seconds: float) -> None:
+def print_table(rows: Sequence[Times], teacher: str, delay_seconds: float) -> None:
     """Each repetition, and the median of what is hidden."""
     print(
-        f"\n{PROMPTS} trajectories, {CONNECTIONS} at a time, a teacher {delay_seconds:g} s away:\n"
+        f"\n{PROMPTS} trajectories, {CONNECTIONS} at a time, teacher ({teacher}) "
+        f"{delay_seconds:g} s away:\n"
     )
     print("| without scores, s | with scores, s | scores alone, s | hidden |")
     print("|---|---|---|---|")

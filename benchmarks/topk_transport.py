@@ -26,7 +26,7 @@ import orjson
 from numpy.typing import NDArray
 
 from benchmarks.served_example import run_while_served
-from sod_mcore.serving.fleet import read_endpoints
+from sod_mcore.serving.fleet import ModelEndpoints, read_endpoints
 from sod_mcore.serving.scoring import read_answer
 
 SEQUENCES, LENGTH = 48, 400
@@ -64,7 +64,7 @@ async def measure(folder: Path, repetitions: int) -> None:
     costs: dict[tuple[int, str], list[Cost]] = {case: [] for case in cases}
     for _ in range(repetitions + 1):
         for k, form in cases:
-            costs[k, form].append(await cost(model.engines[0], ids, k, form))
+            costs[k, form].append(await cost(model, ids, k, form))
     print("\n| K | form | bytes a token | asking, of K = 0 | reading, µs a token | of K = 0 |")
     print("|---|---|---|---|---|---|")
     base = median(costs[0, "lists"])
@@ -78,15 +78,16 @@ async def measure(folder: Path, repetitions: int) -> None:
         )
 
 
-async def cost(url: str, ids: NDArray[np.int32], k: int, form: str) -> Cost:
+async def cost(model: ModelEndpoints, ids: NDArray[np.int32], k: int, form: str) -> Cost:
     """Score all sequences at once."""
+    url = model.engines[0]
     started = time.monotonic()
     async with aiohttp.ClientSession() as session:
         answers = await asyncio.gather(*(ask(session, url, row.tolist(), k, form) for row in ids))
     asked = time.monotonic() - started
     started = time.process_time()
     for row, answer in zip(ids, answers, strict=True):
-        read_answer(orjson.loads(answer)["meta_info"], row, vocab_size=1 << 30, top_k=k)
+        read_answer(orjson.loads(answer)["meta_info"], row, model.vocab_size, top_k=k)
     read = time.process_time() - started
     tokens = ids.size
     return Cost(sum(map(len, answers)) / tokens, asked / tokens, read / tokens)
