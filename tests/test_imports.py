@@ -18,6 +18,7 @@ FOR_ALL = {
     "files",
     "outcome",
     "platform",
+    "prefetch",
     "timeline",
     "user_functions",
 }
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     "ops": {"algorithm"},
     "outcome": set(),
     "platform": set(),
+    "prefetch": set(),
     "report": set(),
     "rewards": {"tools"},
     "rollout": {"chat", "serving", "tools", "rewards"},

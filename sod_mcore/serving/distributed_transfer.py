@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sod_mcore.prefetch import prefetched
 from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.fleet import ModelEndpoints
 from sod_mcore.serving.kept_groups import KeptGroups
@@ -17,7 +18,7 @@ class DistributedTransfer:
     """The whole model's tensors, in buckets.
 
     Attributes:
-        buckets: consumed once, one at a time. While one is sent, its tensors are in memory.
+        buckets: consumed once. While one is sent, the next one is made.
         groups: keeps the group for the next update.
     """
 
@@ -31,7 +32,7 @@ class DistributedTransfer:
     async def send(
         self, client: EngineClient, endpoints: ModelEndpoints, version: int, *, flush_cache: bool
     ) -> None:
-        """Give each bucket to every engine before the next one is made.
+        """Give each bucket to every engine before the next one is sent.
 
         Raises:
             EngineError: an engine refused, is gone or did not answer; its weights may be of two
@@ -40,8 +41,9 @@ class DistributedTransfer:
         """
         receivers = await open_receivers(client, endpoints.engines)
         async with self.groups.group(client, endpoints.name, receivers) as group:
-            for bucket in checked_buckets(self.buckets, engine_shapes(endpoints)):
-                await group.broadcast(client, bucket)
+            with prefetched(checked_buckets(self.buckets, engine_shapes(endpoints))) as buckets:
+                for bucket in buckets:
+                    await group.broadcast(client, bucket)
             # An empty bucket closes the update: only now has an engine the whole of the version.
             await group.broadcast(client, [], version, flush_cache=flush_cache)
         await close_receivers(client, receivers)

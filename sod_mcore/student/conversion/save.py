@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sod_mcore.files import atomic_folder
+from sod_mcore.prefetch import prefetched
 from sod_mcore.student.conversion.export import NamedTensors
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -31,7 +32,8 @@ def save_hf_folder(
     """Write ``destination`` from weights and from the other files of ``source``.
 
     Args:
-        buckets: each becomes one file; empty buckets are left out.
+        buckets: each becomes one file; empty buckets are left out. While one is written, the next
+            one is made, by another thread.
         source: Hugging Face folder whose configuration, tokenizer and chat template are copied.
         destination: an existing folder of this name is replaced.
         dtype: dtype of the weights; None keeps that of the tensors.
@@ -40,7 +42,8 @@ def save_hf_folder(
         OSError: the disk is full, for instance; what was there before stays.
     """
     with atomic_folder(Path(destination)) as folder:
-        written = _write_weights(buckets, folder, dtype)
+        with prefetched(buckets) as next_buckets:
+            written = _write_weights(next_buckets, folder, dtype)
         for path in sorted(Path(source).iterdir()):
             if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
                 shutil.copyfile(path, folder / path.name)
