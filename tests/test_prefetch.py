@@ -15,7 +15,8 @@ PATIENCE = 30.0
 def test_all_items_come_in_order() -> None:
     with prefetched(iter(range(5))) as numbers:
         assert list(numbers) == [0, 1, 2, 3, 4]
-    with prefetched([]) as nothing:
+    nothings: list[int] = []
+    with prefetched(nothings) as nothing:
         assert list(nothing) == []
 
 
@@ -36,8 +37,9 @@ def test_the_next_one_is_made_while_one_is_used_and_no_more() -> None:
 
 
 def test_an_item_that_is_nothing_ends_nothing() -> None:
-    with prefetched([None, 0, []]) as items:
-        assert list(items) == [None, 0, []]
+    false: list[object] = [None, 0, []]
+    with prefetched(false) as items:
+        assert list(items) == false
 
 
 def test_what_making_raises_comes_in_its_turn() -> None:
