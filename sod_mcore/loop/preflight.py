@@ -37,6 +37,7 @@ from sod_mcore.report.metrics import require_wandb
 from sod_mcore.rollout.open_pool import check_pool
 from sod_mcore.rollout.teacher import teacher_model
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
+from sod_mcore.serving.fleet_state import wait_for_restarts
 from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.tensor_check import engine_shapes
 from sod_mcore.serving.weight_transfer import WeightUpdateError
@@ -210,13 +211,15 @@ def check_engines(config: SodConfig, prompts: RunPrompts) -> Endpoints:
 
 
 def live_endpoints(config: SodConfig) -> Endpoints:
-    """The running fleet.
+    """The running fleet; an engine that is being started again is waited for.
 
     Raises:
-        FleetError: it was not started.
+        FleetError: it was not started, or an engine is not ready again in time.
         EngineError: an engine does not answer.
     """
+    assert config.serving is not None
     endpoints = read_endpoints(config.serving_directory)
+    wait_for_restarts(config.serving_directory, config.serving.restart_timeout_seconds)
     for name in endpoints.models:
         weight_versions(endpoints, name, REACHABLE_TIMEOUT_SECONDS)
     return endpoints

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from sod_mcore.files import write_text
 from sod_mcore.serving.fleet import FleetError
 
+POLL_SECONDS = 0.5
+
 Role = Literal["engine", "router"]
 Condition = Literal["starting", "ready", "restarting", "given up"]
 
@@ -88,6 +90,31 @@ def read_fleet_state(directory: Path) -> FleetState:
         raise FleetError(
             f"{path} was not written by this version of sod_mcore ({error})"
         ) from error
+
+
+def wait_for_restarts(directory: Path, timeout_seconds: float) -> None:
+    """Wait until no process of the fleet is being started again; nothing to do without a fleet.
+
+    Raises:
+        FleetError: one still is at the end of that time.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while names := _restarting(directory):
+        if time.monotonic() > deadline:
+            raise FleetError(
+                f"{', '.join(names)}: died, and not ready again within "
+                f"serving.restart_timeout_seconds={timeout_seconds:g}; raise it where a start "
+                f"takes longer; the logs are in {state_path(directory).parent}"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _restarting(directory: Path) -> list[str]:
+    try:
+        servers = read_fleet_state(directory).servers
+    except FleetError:
+        return []  # whoever needs the fleet will miss it
+    return [server.name for server in servers if server.state == "restarting"]
 
 
 class FleetStateFile:
