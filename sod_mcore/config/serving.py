@@ -42,6 +42,9 @@ class EngineConfig:
     """Longest sequence; null takes the model's."""
     max_total_tokens: Positive | None = None
     """Size of the key-value cache in tokens; null lets the engine choose."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of each GPU's memory that an engine takes for weights and key-value cache; null lets
+    the engine choose. Without a GPU it says nothing: max_total_tokens bounds the cache there."""
     max_running_requests: Positive | None = None
     """Requests decoded at the same time; null lets the engine choose."""
     threads: Positive = 1

@@ -75,6 +75,7 @@ def engine_command(
         command += _cpu_arguments(engine, folder)
     else:
         command += ["--tp-size", str(max(1, len(engine_gpus(engine, place.index))))]
+        command += _given("--mem-fraction-static", engine.memory_fraction)
         command += _given("--max-total-tokens", engine.max_total_tokens)
         command += _given("--max-running-requests", engine.max_running_requests)
     return [*command, *engine.extra_args]
@@ -204,5 +205,5 @@ def _dtype(engine: EngineConfig, folder: ModelFolder, device: Device) -> str:
     return "bfloat16" if folder.dtype in ("float32", "None") else folder.dtype
 
 
-def _given(flag: str, value: int | None) -> list[str]:
+def _given(flag: str, value: float | None) -> list[str]:
     return [] if value is None else [flag, str(value)]

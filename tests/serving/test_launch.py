@@ -84,6 +84,16 @@ def test_gpus_are_shared_evenly(tmp_path: Path) -> None:
         launch.engine_gpus(EngineConfig(model_path="", engines=3, gpus=(0, 1)), 0)
 
 
+def test_the_share_of_a_gpus_memory(tmp_path: Path) -> None:
+    on_a_gpu = command(tmp_path, EnginePlace("student", 0, "cuda"), memory_fraction=0.4)
+    assert value(on_a_gpu, "--mem-fraction-static") == "0.4"
+    without = command(tmp_path, EnginePlace("student", 0, "cpu"), memory_fraction=0.4)
+    assert "--mem-fraction-static" not in without
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match="memory_fraction"):
+            EngineConfig(model_path="m", memory_fraction=share)
+
+
 def test_the_bridge_is_on_the_path_only_without_a_gpu(tmp_path: Path) -> None:
     engine = EngineConfig(model_path=str(tmp_path), threads=3)
     cpu = launch.engine_environment(engine, EnginePlace("student", 0, "cpu"))
