@@ -144,12 +144,20 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RecordedBatch:
-    """The trajectories of one training step, in the order in which the step used them."""
+    """The trajectories of one training step, in the order in which the step used them.
+
+    Attributes:
+        step: number of the step, from 0.
+        weight_version: of the weights that are trained.
+        num_dropped: trajectories that were given up after all attempts.
+        num_retries: attempts beyond the first, of those that were given up too.
+    """
 
     trajectories: tuple[Trajectory, ...]
     step: int
     weight_version: int
     num_dropped: int = 0
+    num_retries: int = 0
 
     @property
     def staleness(self) -> NDArray[np.int32]:
@@ -168,6 +176,7 @@ class RecordedBatch:
             "step": self.step,
             "weight_version": self.weight_version,
             "num_dropped": self.num_dropped,
+            "num_retries": self.num_retries,
             "trajectories": [_scalars(t) for t in self.trajectories],
         }
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
@@ -195,7 +204,13 @@ class RecordedBatch:
             _from_scalars(scalars, {name: part[i] for name, part in parts.items()})
             for i, scalars in enumerate(header["trajectories"])
         )
-        return cls(trajectories, header["step"], header["weight_version"], header["num_dropped"])
+        return cls(
+            trajectories,
+            header["step"],
+            header["weight_version"],
+            header["num_dropped"],
+            header.get("num_retries", 0),  # not in files of earlier commits
+        )
 
 
 def recorded_batch_path(directory: Path, step: int) -> Path:

@@ -85,9 +85,10 @@ def test_round_trip_keeps_every_bit(tmp_path: Path, top_k: int) -> None:
         make_trajectory(turns, top_k=top_k, seed=i) for i, turns in enumerate(shapes)
     )
     path = tmp_path / "new folder" / "batch.npz"
-    RecordedBatch(trajectories, step=7, weight_version=3, num_dropped=2).save(path)
+    RecordedBatch(trajectories, 7, weight_version=3, num_dropped=2, num_retries=5).save(path)
     loaded = RecordedBatch.load(path)
-    assert (loaded.step, loaded.weight_version, loaded.num_dropped) == (7, 3, 2)
+    assert (loaded.step, loaded.weight_version) == (7, 3)
+    assert (loaded.num_dropped, loaded.num_retries) == (2, 5)
     assert len(loaded.trajectories) == 3
     for before, after in zip(trajectories, loaded.trajectories, strict=True):
         assert_same(before, after)

@@ -80,7 +80,8 @@ class LiveSource:
         )
         del self._tickets[step]
         check_losses(result, self._request(step, weight_version), self._config.rollout)
-        batch = RecordedBatch(result.trajectories, step, weight_version, result.num_dropped)
+        counts = (result.num_dropped, result.num_retries)
+        batch = RecordedBatch(result.trajectories, step, weight_version, *counts)
         check_staleness(batch, self._config.rollout.max_staleness)
         if self._config.run.record is not None:
             batch.save(recorded_batch_path(Path(self._config.run.record), step))

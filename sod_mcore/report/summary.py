@@ -20,7 +20,8 @@ def summarise_rollout(batch: RecordedBatch, *, with_teacher: bool = True) -> dic
     Returns:
         Means over trajectories unless the name says otherwise. Lengths are tokens; a response is
         all after the prompt, observations included. ``reward/std`` is the population's.
-        ``reward/category/<category>`` is the share of a verdict.
+        ``reward/category/<category>`` is the share of a verdict. ``rollout/retries`` counts
+        attempts at a trajectory beyond the first.
         ``rollout/failed_call_share`` is the share of trajectories with at least one failed call,
         ``rollout/failed_calls`` the share of calls that failed. ``rollout/staleness`` is a mean
         over sampled tokens: the versions by which the weights that sampled them are behind those
@@ -31,6 +32,7 @@ def summarise_rollout(batch: RecordedBatch, *, with_teacher: bool = True) -> dic
     metrics: dict[str, float] = {
         "rollout/trajectories": float(len(trajectories)),
         "rollout/dropped": float(batch.num_dropped),
+        "rollout/retries": float(batch.num_retries),
     }
     if with_teacher:
         metrics["rollout/unscored"] = float(sum(not t.is_scored for t in trajectories))

@@ -56,7 +56,7 @@ class VersionedPool(IdlePool):
         version, request = self.submitted[ticket]
         wanted = len(request.prompts) - request.spare_prompts
         trajectories = [sampled(prompt, version) for prompt in request.prompts[:wanted]]
-        return RolloutResult(tuple(trajectories), 0, 0, 0, ())
+        return RolloutResult(tuple(trajectories), 0, 0, num_retries=ticket, failures=())
 
 
 def sampled(prompt: Prompt, version: int) -> Trajectory:
@@ -115,6 +115,7 @@ def test_a_step_is_submitted_with_the_weights_of_so_many_steps_before(tmp_path: 
     recorded = ReplaySource(tmp_path / "recorded")
     staleness = [int(recorded.batch(step, step).staleness.max()) for step in range(STEPS)]
     assert staleness == [0, 1, 2, 2, 2]
+    assert [recorded.batch(step, step).num_retries for step in range(STEPS)] == [0, 1, 2, 3, 4]
 
 
 def test_what_may_be_sampled_begins_when_the_weights_are_there(tmp_path: Path) -> None:

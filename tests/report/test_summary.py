@@ -53,8 +53,8 @@ def _version(turn: int, versions: tuple[int, ...]) -> int:
     return -1 if turn < 0 else versions[min(turn, len(versions) - 1)]
 
 
-def batch(*trajectories: Trajectory, num_dropped: int = 0) -> RecordedBatch:
-    return RecordedBatch(trajectories, step=5, weight_version=0, num_dropped=num_dropped)
+def batch(*trajectories: Trajectory, num_dropped: int = 0, num_retries: int = 0) -> RecordedBatch:
+    return RecordedBatch(trajectories, 5, 0, num_dropped, num_retries)
 
 
 BATCH = (
@@ -66,10 +66,11 @@ BATCH = (
 
 
 def test_a_batch_by_hand() -> None:
-    assert summarise_rollout(batch(*BATCH, num_dropped=3)) == pytest.approx(
+    assert summarise_rollout(batch(*BATCH, num_dropped=3, num_retries=2)) == pytest.approx(
         {
             "rollout/trajectories": 4,
             "rollout/dropped": 3,
+            "rollout/retries": 2,
             "rollout/unscored": 1,
             "reward/mean": 0.0,
             "reward/std": 1.0,
@@ -112,6 +113,7 @@ def test_a_batch_that_was_dropped_whole_has_counts_only() -> None:
     assert summarise_rollout(batch(num_dropped=5)) == {
         "rollout/trajectories": 0.0,
         "rollout/dropped": 5.0,
+        "rollout/retries": 0.0,
         "rollout/unscored": 0.0,
     }
 
