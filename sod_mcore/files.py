@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a system says that has no room left, on the disk or for this user."""
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 """What a kernel, and a file system, say that cannot exchange two names."""
 
@@ -26,6 +28,18 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             error.filename = str(path)
+        raise
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Let a full disk say ``path``, whatever was written there: shutil.copyfile would first name
+    the file that it read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import dataclass
 
 from sod_mcore.config import ConfigError
 from sod_mcore.data.errors import DataError
 from sod_mcore.data.overlap import OverlapError
+from sod_mcore.files import DISK_FULL
 from sod_mcore.loop.weight_sync import WeightMismatchError
 from sod_mcore.outcome import EXIT_FAILED
 from sod_mcore.rollout.pool import RolloutError
@@ -83,6 +83,6 @@ def _operating_system_line(error: OSError) -> str:
     line = str(error)
     if error.filename and error.errno:
         line = f"{error.filename}: {os.strerror(error.errno)}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         line += "; make room, and the same command continues from its newest checkpoint"
     return line

@@ -7,6 +7,8 @@ synced and renamed.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sod_mcore.files import atomic_folder
+from sod_mcore.files import atomic_folder, naming_full_disk
 from sod_mcore.prefetch import prefetched
 from sod_mcore.student.conversion.export import NamedTensors
 
@@ -39,9 +41,10 @@ def save_hf_folder(
         dtype: dtype of the weights; None keeps that of the tensors.
 
     Raises:
-        OSError: the disk is full, for instance; what was there before stays.
+        OSError: the disk is full, for instance; what was there before stays. A full disk is told
+            with the name ``destination``.
     """
-    with atomic_folder(Path(destination)) as folder:
+    with naming_full_disk(Path(destination)), atomic_folder(Path(destination)) as folder:
         with prefetched(buckets) as next_buckets:
             written = _write_weights(next_buckets, folder, dtype)
         for path in sorted(Path(source).iterdir()):
@@ -63,8 +66,8 @@ def _write_weights(
         path = folder / f"part-{len(files):05d}.safetensors"
         try:
             save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, for instance; it names no file
-            raise OSError(f"{path} could not be written: {error}") from error
+        except SafetensorError as error:
+            raise _as_system_error(error, path) from error
         path.chmod(0o644)  # engines may run as another user
         files.append((path, list(tensors)))
         total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -80,6 +83,14 @@ def _write_weights(
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return dtype
+
+
+def _as_system_error(error: SafetensorError, path: Path) -> OSError:
+    """What the system said: safetensors 0.8.0 puts it, and no file's name, into its own text."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None:
+        return OSError(f"{path} could not be written: {error}")
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype | None) -> None:
