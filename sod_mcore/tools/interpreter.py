@@ -194,11 +194,14 @@ class WarmInterpreter:
         """Run the program for at most this long and end the interpreter.
 
         Raises:
-            InfrastructureError: the interpreter ended before the program started.
+            InfrastructureError: the interpreter ended before the program started, or bubblewrap was
+                killed while it ran.
         """
         try:
             await self._deliver(request)
-            return await self._watch(wall_seconds)
+            result = await self._watch(wall_seconds)
+            self._refuse_loss_of_bubblewrap(result)
+            return result
         finally:
             await self.destroy()
 
@@ -264,6 +267,15 @@ class WarmInterpreter:
             status=status,
             wall_seconds=time.monotonic() - started,
         )
+
+    def _refuse_loss_of_bubblewrap(self, result: SandboxResult) -> None:
+        """What ends the program is told by bubblewrap as 128 + signal. A signal that ends
+        bubblewrap itself, which no program can reach, says nothing about the program."""
+        code, is_isolated = result.return_code, self._program_pidfd is not None
+        if is_isolated and code is not None and code < 0:
+            raise InfrastructureError(
+                f"bubblewrap was ended by {signal.Signals(-code).name} while a program ran"
+            )
 
     async def _collect(self, stream: asyncio.StreamReader, into: bytearray) -> None:
         """Read to the end; above the limit kill the program, which brings the end."""

@@ -22,7 +22,7 @@ from sod_mcore.tools import (
     SandboxUnavailableError,
 )
 from sod_mcore.tools.bubblewrap import find_bubblewrap
-from tests.tools.processes import descendants, executable, reap_orphans
+from tests.tools.processes import descendants, executable, reap, reap_orphans
 
 
 def signal_programs(number: signal.Signals) -> int:
@@ -195,6 +195,23 @@ class TestPool:
         assert signal_programs(signal.SIGKILL) >= 1
         with pytest.raises(InfrastructureError):
             await task
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+    async def test_bubblewrap_that_is_killed_is_no_observation(
+        self, sandbox: Sandbox, number: signal.Signals
+    ) -> None:
+        """The program dies with it, and is not to blame. A program that is killed itself is: the
+        kernel does that when memory runs out (test_hostile_tricks.py)."""
+        task = asyncio.create_task(sandbox.run("import time; time.sleep(60)"))
+        await asyncio.sleep(0.5)
+        (interpreter,) = sandbox._running
+        program = descendants(interpreter._process.pid)
+        assert len(program) == 1
+        os.kill(interpreter._process.pid, number)
+        with pytest.raises(InfrastructureError, match=f"ended by {number.name} while a program"):
+            await task
+        reap(program, 5.0)
+        assert (await sandbox.run("print(1)")).stdout == "1\n"
 
 
 def test_nothing_survives_a_crash_of_the_owner(nothing_left_behind: None) -> None:
