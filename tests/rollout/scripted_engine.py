@@ -75,6 +75,9 @@ class ScriptedEngine:
         self.aborted.append((await request.json())["rid"])
         return web.Response()
 
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
     async def model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": str(self.version)})
 
@@ -104,6 +107,7 @@ def serve(engine: ScriptedEngine) -> Iterator[str]:
     application = web.Application()
     application.router.add_post("/generate", engine.generate)
     application.router.add_post("/abort_request", engine.abort)
+    application.router.add_get("/health", engine.health)
     application.router.add_get("/model_info", engine.model_info)
     server = TestServer(application)
     asyncio.run_coroutine_threadsafe(server.start_server(), loop).result(30)
@@ -116,11 +120,22 @@ def serve(engine: ScriptedEngine) -> Iterator[str]:
         loop.close()
 
 
-def settings(directory: Path, url: str, connections: int = 1) -> PoolSettings:
-    """A pool on that engine, with so many connections to each model."""
+def settings(
+    directory: Path,
+    url: str,
+    connections: int = 1,
+    teacher_url: str | None = None,
+    **serving: Any,
+) -> PoolSettings:
+    """A pool on that engine, with so many connections to each model.
+
+    Args:
+        teacher_url: of another engine that scores.
+        serving: further settings of that section.
+    """
     models = {
-        name: ModelEndpoints(name, url, (url,), str(TEACHER), 2048, 1 << 20)
-        for name in ("student", "teacher")
+        name: ModelEndpoints(name, at, (at,), str(TEACHER), 2048, 1 << 20)
+        for name, at in (("student", url), ("teacher", teacher_url or url))
     }
     start = process_start_ticks(os.getpid())
     assert start is not None
@@ -130,7 +145,7 @@ def settings(directory: Path, url: str, connections: int = 1) -> PoolSettings:
         serving_directory=directory,
         student_path=TEACHER,
         serving=ServingConfig(
-            student=EngineConfig(model_path=str(TEACHER)), max_connections=connections
+            student=EngineConfig(model_path=str(TEACHER)), max_connections=connections, **serving
         ),
         rollout=RolloutConfig(max_response_tokens=1000),
         tools=ToolsConfig(names=("calculator",)),
