@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sod_mcore.files import create_text, write_text
+from sod_mcore.files import create_text, naming, write_text
 
 ENDED_FILE = "ended.json"
 ENDED_BEFORE_FILE = "ended_before.json"
+RESERVE_FILE = ".ended.reserve"
+RESERVE_BYTES = 16 << 10
+"""Four blocks of usual size: a file and its temporary copy, of two ranks."""
 EXIT_FAILED = 1
 EXIT_STOPPED = 75
 """Exit code of a run that was stopped, has saved, and wants to be started again.
@@ -48,12 +51,25 @@ class Outcome:
         return {"finished": 0, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}[self.outcome]
 
 
+def reserve_outcome(directory: Path) -> None:
+    """Keep room for ``ended.json``, so that a disk that fills up does not hide how the run ended.
+
+    Raises:
+        OSError: the disk is full already, for instance.
+    """
+    path = directory / RESERVE_FILE
+    with naming(path):
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(RESERVE_BYTES))
+
+
 def write_outcome(directory: Path, outcome: Outcome) -> None:
-    """Write ``directory/ended.json`` atomically.
+    """Write ``directory/ended.json`` atomically, in the room of :func:`reserve_outcome` if any.
 
     Raises:
         OSError: the disk is full, for instance.
     """
+    (directory / RESERVE_FILE).unlink(missing_ok=True)
     write_text(directory / ENDED_FILE, _text_of(outcome))
 
 
@@ -63,6 +79,7 @@ def suggest_outcome(directory: Path, outcome: Outcome) -> None:
     Raises:
         OSError: the disk is full, for instance.
     """
+    (directory / RESERVE_FILE).unlink(missing_ok=True)
     create_text(directory / ENDED_FILE, _text_of(outcome))
 
 

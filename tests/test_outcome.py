@@ -1,5 +1,7 @@
 """What `sod outcome` says about runs that ended in each way."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,23 @@ from sod_mcore.outcome import (
     set_outcome_aside,
     write_outcome,
 )
+from tests.end_to_end.small_disk import small_disk
 
+ON_A_FULL_DISK = """
+import os, sys
+from pathlib import Path
+from sod_mcore.outcome import Outcome, reserve_outcome, suggest_outcome, write_outcome
+
+disk, ways = Path(sys.argv[1]), sys.argv[2:]
+if "reserve" in ways:
+    reserve_outcome(disk)
+with (disk / "filler").open("wb") as file:
+    free = os.statvfs(disk)
+    os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize)
+if "suggest" in ways:
+    suggest_outcome(disk, Outcome("failed", 1, "another rank is gone"))
+write_outcome(disk, Outcome("failed", 2, "the disk is full"))
+"""
 FINISHED = Outcome("finished", 8, "all steps are done")
 REFUSED = Outcome("failed", 0, "data.train is nowhere: no such file")
 
@@ -102,3 +120,20 @@ def test_round_trip(tmp_path: Path) -> None:
     outcome = Outcome("stopped", 3, "the file run/stop")
     write_outcome(tmp_path, outcome)
     assert read_outcome(tmp_path) == outcome
+
+
+@pytest.mark.parametrize("ways", [("reserve",), ("reserve", "suggest"), ()])
+def test_a_disk_that_fills_up_does_not_hide_the_end(ways: tuple[str, ...], tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kilobytes=256) as disk:
+        command = [sys.executable, "-c", ON_A_FULL_DISK, str(disk.mount), *ways]
+        done = subprocess.run(
+            disk.inside(command), capture_output=True, text=True, timeout=60, check=False
+        )
+        found = read_outcome(disk.seen_from_outside)
+        left = {path.name for path in disk.seen_from_outside.iterdir()}
+    if ways:
+        assert found == Outcome("failed", 2, "the disk is full"), done.stderr
+        assert left == {"filler", ENDED_FILE}
+    else:
+        assert "No space left on device" in done.stderr, "else the test shows nothing"
+        assert found is None

@@ -27,6 +27,7 @@ from sod_mcore.loop.stop import StopRequest
 from sod_mcore.outcome import (
     Outcome,
     forget_outcome_before,
+    reserve_outcome,
     set_outcome_aside,
     suggest_outcome,
     write_outcome,
@@ -62,10 +63,15 @@ class Ending:
             set_outcome_aside(self._directory)
 
     def begin(self, stop: StopRequest) -> None:
-        """The loop is about to begin: signals are heard, and how the run ended before is past."""
+        """The loop is about to begin: signals are heard, and how the run ended before is past.
+
+        Raises:
+            OSError: the disk is full.
+        """
         self.stop = stop
         if self._rank == 0:
             forget_outcome_before(self._directory)
+            reserve_outcome(self._directory)
 
     def succeed(self, outcome: Literal["finished", "stopped"], reason: str) -> None:
         """Write how the run ended, on rank 0; everything that it names is on disk.
