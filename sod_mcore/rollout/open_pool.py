@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import socket
-from urllib.parse import urlsplit
 
 from sod_mcore.config import ConfigError, RolloutConfig
+from sod_mcore.ray_cluster.settings import check_address, check_installed
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool, SpanListener
 from sod_mcore.rollout.process_pool import ProcessPool
-
-_REACHABLE_SECONDS = 5.0
-AUTO = "auto"
-"""The cluster that this machine is a node of."""
 
 
 def open_pool(settings: PoolSettings, on_spans: SpanListener = lambda spans: None) -> RolloutPool:
@@ -47,11 +41,7 @@ def check_pool(rollout: RolloutConfig) -> None:
                 "that to ray, or leave the address out"
             )
         return
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError(
-            "rollout.pool is ray, but the package ray is not installed; pip install "
-            "'sod_mcore[ray]', or set rollout.pool=process"
-        )
+    check_installed("rollout.pool", "rollout.pool=process")
     if rollout.concurrency < rollout.ray_actors:
         raise ConfigError(
             f"rollout.concurrency is {rollout.concurrency}, shared by rollout.ray_actors="
@@ -59,8 +49,8 @@ def check_pool(rollout: RolloutConfig) -> None:
         )
     if rollout.ray_address is None:
         _check_own_cpus(rollout)
-    elif rollout.ray_address != AUTO:
-        _check_address(rollout.ray_address)
+    else:
+        check_address("rollout.ray_address", rollout.ray_address, "auto, or null")
 
 
 def _check_own_cpus(rollout: RolloutConfig) -> None:
@@ -76,25 +66,3 @@ def _check_own_cpus(rollout: RolloutConfig) -> None:
 def usable_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def _check_address(address: str) -> None:
-    if "://" in address:
-        raise ConfigError(
-            f"rollout.ray_address is {address}, which is not the cluster's own address; give "
-            "host:port as `ray start --head` prints it (port 6379), or auto"
-        )
-    try:
-        parts = urlsplit(f"//{address}")
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if host is None or port is None:
-        raise ConfigError(f"rollout.ray_address is {address}; give host:port, auto, or null")
-    try:
-        socket.create_connection((host, port), timeout=_REACHABLE_SECONDS).close()
-    except OSError as error:
-        raise ConfigError(
-            f"rollout.ray_address is {address}, where nothing answers ({error}); start the cluster "
-            "(docs/ray.md), or correct the address"
-        ) from error

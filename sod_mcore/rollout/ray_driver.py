@@ -15,9 +15,10 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from sod_mcore.rollout.daemon_threads import call_in_thread
+from sod_mcore.ray_cluster.connection import MISSES
+from sod_mcore.ray_cluster.daemon_threads import in_thread
 from sod_mcore.rollout.group_batch import GroupBatch
 from sod_mcore.rollout.group_messages import ActorReport, ActorStart, GroupKey, GroupsOrder
 from sod_mcore.rollout.pool import (
@@ -33,11 +34,6 @@ from sod_mcore.serving.counters import ClientCounters, total
 
 _AGAIN_SECONDS = 1.0
 """Between two tries to put an actor in the place of one that died."""
-
-MISSES = 3
-"""Checks in a row that fail before a cluster counts as lost."""
-
-Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +104,6 @@ class _Batch:
     groups: GroupBatch
     result: Future[RolloutResult]
     on_progress: Callable[[RolloutProgress], None]
-
-
-async def in_thread(work: Callable[[], Result]) -> Result:
-    """Wait for a call that blocks, for ever if what it asks is gone."""
-    return await asyncio.wrap_future(call_in_thread(work, "ray-call"))
 
 
 class RayDriver:

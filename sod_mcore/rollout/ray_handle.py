@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from sod_mcore.config import ToolsConfig
-from sod_mcore.rollout.daemon_threads import call_in_thread
+from sod_mcore.ray_cluster.connection import one_line
+from sod_mcore.ray_cluster.daemon_threads import call_in_thread, in_thread
 from sod_mcore.rollout.group import GroupResult
 from sod_mcore.rollout.group_messages import (
     ActorHost,
@@ -24,8 +25,7 @@ from sod_mcore.rollout.group_messages import (
 )
 from sod_mcore.rollout.pool import PoolSettings, RolloutError
 from sod_mcore.rollout.ray_actor import RolloutActor
-from sod_mcore.rollout.ray_cluster import one_line
-from sod_mcore.rollout.ray_driver import ActorLostError, in_thread
+from sod_mcore.rollout.ray_driver import ActorLostError
 from sod_mcore.timeline import Spans
 from sod_mcore.tools import choose_sandbox_url
 from sod_mcore.trajectory import Trajectory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,3 +25,8 @@ def call_in_thread(work: Callable[[], Result], name: str) -> Future[Result]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return outcome
+
+
+async def in_thread(work: Callable[[], Result]) -> Result:
+    """Wait for a call that blocks, for ever if what it asks is gone."""
+    return await asyncio.wrap_future(call_in_thread(work, "ray-call"))
