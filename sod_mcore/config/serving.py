@@ -51,7 +51,14 @@ class EngineConfig:
     """CPU threads of an engine without a GPU."""
     gpus: tuple[NonNegative, ...] = ()
     """CUDA indices of the GPUs of this model's engines, shared evenly in order; an engine's share
-    is its tensor-parallel size. Empty leaves each engine one GPU of SGLang's choice."""
+    is its tensor-parallel size. Empty leaves each engine one GPU of SGLang's choice. With
+    engines_on ray, ray_gpus stands in their place."""
+    ray_gpus: Positive | None = None
+    """With engines_on ray: GPUs that each engine reserves, all on one node; its tensor-parallel
+    size. null takes one, and none where device is cpu."""
+    ray_cpus: Annotated[float, Field(gt=0)] | None = None
+    """With engines_on ray: CPUs that each engine reserves. null takes one, and as many as threads
+    where device is cpu."""
     extra_args: tuple[str, ...] = ()
     """Further command-line arguments of sglang.launch_server, as they stand."""
 
@@ -75,10 +82,18 @@ class ServingConfig:
     which prompts they score."""
     python: str = ".venv-sglang/bin/python"
     """Interpreter of the environment in which SGLang is installed."""
+    engines_on: Literal["local", "ray"] = "local"
+    """Where engines are started: on this machine, or on nodes of a Ray cluster, which reserves room
+    for them and is joined for that (docs/serving.md). Routers and the front door stay here."""
+    ray_address: str = "auto"
+    """With engines_on ray: the cluster, as host:port, or auto for the one that this machine belongs
+    to."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where engines run."""
+    """What engines run on; auto takes the GPUs of this machine, or of the Ray cluster, if it has
+    any."""
     host: str = "127.0.0.1"
-    """Interface that every server of ours binds to."""
+    """Interface that every server of ours binds to; an engine on a Ray node binds to the address
+    that the node has in Ray."""
     port: NonNegative = 0
     """Port of the front door; 0 picks a free one."""
     directory: str | None = None

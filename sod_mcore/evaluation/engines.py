@@ -14,7 +14,7 @@ from typing import TypeVar
 from sod_mcore.config import ConfigError, EvalConfig
 from sod_mcore.rollout.pool import RolloutInterruptedError
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
-from sod_mcore.serving.server import POLL_SECONDS
+from sod_mcore.serving.places import POLL_SECONDS
 from sod_mcore.serving.supervisor import Fleet
 from sod_mcore.serving.weights import weight_versions
 

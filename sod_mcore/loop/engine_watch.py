@@ -1,9 +1,10 @@
 """Which engines are there, and whether one of them was started again and waits for its weights.
 
-The fleet restarts an engine that died; it comes back under its address with the weights of its
-``model_path``. The rollout pool does not use it until it reports the version that it asks for, and
-the trainer, which alone has that version, sends it once more. What this machine's fleet started is
-known from its state; other engines (addresses, other nodes) are asked for their version.
+The fleet restarts an engine that died; it comes back with the weights of its ``model_path``, under
+its address or, on a Ray cluster, under another. The rollout pool does not use it until it reports
+the version that it asks for, and the trainer, which alone has that version, sends it once more.
+What this machine's fleet started is known from its state; other engines (addresses, other nodes)
+are asked for their version.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sod_mcore.serving.fleet import Endpoints, FleetError, ModelEndpoints
+from sod_mcore.serving.fleet import Endpoints, FleetError, ModelEndpoints, engines_now
 from sod_mcore.serving.fleet_state import FleetState, read_fleet_state
 from sod_mcore.serving.weights import reported_versions
 
@@ -71,9 +72,10 @@ class EngineWatch:
         Raises:
             FleetError: none was there in time, or all have died too often.
         """
-        served, deadline = endpoints.model(model), time.monotonic() + self._patience_seconds
+        deadline = time.monotonic() + self._patience_seconds
         while True:
             state = self._state()
+            served = self._where_it_is_now(endpoints.model(model))
             present = _present_engines(state, served)
             if present:
                 others = tuple(set(present) - _urls(state, served.name))
@@ -99,6 +101,11 @@ class EngineWatch:
     def restarts(self) -> int:
         """How often a process of the fleet was started again since this watch was made."""
         return self._count_restarts(self._restarts_before) - self._restarts_before
+
+    def _where_it_is_now(self, served: ModelEndpoints) -> ModelEndpoints:
+        """The fleet may have started an engine again elsewhere."""
+        urls = engines_now(self._directory, served.name)
+        return dataclasses.replace(served, engines=urls) if urls else served
 
     def _do_others_lack_weights(self) -> bool:
         if time.monotonic() >= self._next_question:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.rollout.teacher import TeacherScorer
 from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.counters import ClientCounters
-from sod_mcore.serving.fleet import read_endpoints
+from sod_mcore.serving.fleet import engines_now, read_endpoints
 from sod_mcore.serving.messages import Generation, SamplingSettings
 from sod_mcore.serving.replicas import Affinity
 from sod_mcore.serving.scoring import ScoringError
@@ -75,6 +76,7 @@ async def open_services(settings: PoolSettings, stack: AsyncExitStack) -> Rollou
             hedge_after_seconds=settings.serving.hedge_after_seconds,
             max_connections=settings.serving.max_connections,
             admission=gate.request,
+            find_engines=partial(engines_now, settings.serving_directory),
         )
     )
     renderer = ChatRenderer.from_folder(

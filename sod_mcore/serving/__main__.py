@@ -33,7 +33,7 @@ from sod_mcore.outcome import (
 )
 from sod_mcore.serving.children import Child, forward_signal, shell_exit_code
 from sod_mcore.serving.fleet import Endpoints, FleetError, endpoints_path
-from sod_mcore.serving.server import POLL_SECONDS
+from sod_mcore.serving.places import POLL_SECONDS
 from sod_mcore.serving.supervisor import Fleet
 
 USAGE = "usage: python -m sod_mcore.serving CONFIG [key=value ...] [-- command ...]"

@@ -47,10 +47,18 @@ class Child:
         """The last lines that this process, not an earlier one, wrote to its log."""
         if self.log_path is None:
             return ""
-        with self.log_path.open("rb") as file:
-            file.seek(self.log_start)
+        return log_tail(self.log_path, self.log_start, lines)
+
+
+def log_tail(path: Path, start: int, lines: int) -> str:
+    """The last lines of a log, from a byte on; none while there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
             text = file.read().decode(errors="replace")
-        return "\n".join(text.rstrip().splitlines()[-lines:])
+    except FileNotFoundError:
+        return ""
+    return "\n".join(text.rstrip().splitlines()[-lines:])
 
 
 class Children:
@@ -58,11 +66,17 @@ class Children:
 
     A watchdog process holds the other end of a pipe. When the pipe closes without a farewell, this
     process has died, and the watchdog ends every group that was started.
+
+    Args:
+        is_actor: this process is a Ray actor. Ray kills the children of one, so the watchdog is
+            none; and what is left of an engine then is killed at once, for its GPUs may be another
+            one's already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_actor: bool = False) -> None:
+        self._is_actor = is_actor
         self._watchdog = subprocess.Popen(
-            [sys.executable, watchdog.__file__],
+            [sys.executable, watchdog.__file__, *([watchdog.DETACHED] if is_actor else [])],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
@@ -96,7 +110,7 @@ class Children:
                 stderr=output,
                 start_new_session=True,
             )
-        self._tell_watchdog(f"{process.pid} {grace_seconds}\n")
+        self._tell_watchdog(f"{process.pid} {0.0 if self._is_actor else grace_seconds}\n")
         child = Child(name, process, log_path, log_start, grace_seconds)
         self._children.append(child)
         return child
@@ -140,7 +154,7 @@ class Children:
             child.process.wait(timeout=GRACE_SECONDS)
 
     def _tell_watchdog(self, line: str) -> None:
-        if self._watchdog.stdin is None or self._watchdog.poll() is not None:
+        if self._watchdog.stdin is None or self._watchdog.stdin.closed:
             return
         with contextlib.suppress(BrokenPipeError):
             self._watchdog.stdin.write(line.encode())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -36,6 +36,7 @@ from sod_mcore.serving.replicas import Affinity, Replica, Replicas
 from sod_mcore.serving.sending import Call, Sender
 
 Admission = Callable[[], AbstractAsyncContextManager[object]]
+FindEngines = Callable[[str], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class EngineClient:
             seconds must not: it would not notice that the server has closed them.
         admission: entered around each try, and not while a request waits for an engine: what holds
             it back holds back requests to the engines, and knows when none is in flight.
+        find_engines: base URLs that a model's engines have now, in the order of ``endpoints``, or
+            none where that is not known; asked when one of them does not answer, since the fleet
+            may have started it again elsewhere.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class EngineClient:
         longest_backoff_seconds: float = 8.0,
         keep_alive: bool = True,
         admission: Admission = contextlib.nullcontext,
+        find_engines: FindEngines = lambda model: (),
     ) -> None:
         self.endpoints = endpoints
         self._request_timeout_seconds = request_timeout_seconds
@@ -95,6 +100,7 @@ class EngineClient:
         self._backoff = Backoff(first_backoff_seconds, longest_backoff_seconds)
         self._keep_alive = keep_alive
         self._admission = admission
+        self._find_engines = find_engines
         self._hedge_after_seconds = hedge_after_seconds
         self._slots = {name: asyncio.Semaphore(max_connections) for name in endpoints.models}
         self._replicas = {name: Replicas(m.engines) for name, m in endpoints.models.items()}
@@ -103,7 +109,7 @@ class EngineClient:
 
     async def __aenter__(self) -> EngineClient:
         http = JsonHttp(keep_alive=self._keep_alive)
-        recovery = Recovery(http, self._backoff)
+        recovery = Recovery(http, self._backoff, self._locate)
         senders = {
             name: Sender(
                 *(name, replicas, http, recovery, self._tallies[name], self._hedge_after_seconds)
@@ -310,6 +316,15 @@ class EngineClient:
                     f"it where a restart takes longer): {replicas.problems()}",
                     retryable=True,
                 )
+
+    def _locate(self, replica: Replica) -> str:
+        """The address of an engine now."""
+        for model, replicas in self._replicas.items():
+            if replica in replicas.all:
+                urls = self._find_engines(model)
+                known = len(urls) == len(replicas.all)
+                return urls[replicas.all.index(replica)] if known else replica.url
+        raise AssertionError("unreachable: every replica is one of ours")
 
     @property
     def _connections(self) -> _Connections:

@@ -1,4 +1,5 @@
-"""Where the served models can be reached: written when all is ready, removed at the stop.
+"""Where the served models can be reached: written when all is ready, and again when an engine has
+moved to another address; removed at the stop.
 
 The file ``serving/endpoints.json`` in ``run.directory`` (or ``serving.directory``) is all that the
 trainer, the rollout pool and the evaluation need to know about the processes that serve.
@@ -142,6 +143,14 @@ def read_endpoints(directory: Path) -> Endpoints:
             f"the engines of {path} are gone: their process {endpoints.pid} has ended; {start}"
         )
     return endpoints
+
+
+def engines_now(directory: Path, model: str) -> tuple[str, ...]:
+    """Base URLs of a model's engines as they are written now; none where that cannot be known."""
+    try:
+        return read_endpoints(directory).model(model).engines
+    except FleetError:
+        return ()
 
 
 def process_start_ticks(pid: int) -> int | None:

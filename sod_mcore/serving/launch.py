@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,14 +55,31 @@ def check_context_length(field: str, engine: EngineConfig, folder: ModelFolder) 
     )
 
 
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """The server's base URL."""
+        return f"http://{self.host}:{self.port}"
+
+
 def engine_command(
-    serving: ServingConfig, engine: EngineConfig, folder: ModelFolder, place: EnginePlace, port: int
+    serving: ServingConfig,
+    engine: EngineConfig,
+    folder: ModelFolder,
+    place: EnginePlace,
+    address: Address,
 ) -> list[str]:
     """The command line of one engine; ``extra_args`` come last, so they win."""
     command = [
         *(serving.python, "-m", "sglang.launch_server"),
         *("--model-path", engine.model_path, "--served-model-name", place.name),
-        *("--host", serving.host, "--port", str(port)),
+        *("--host", address.host, "--port", str(address.port)),
         *("--dtype", _dtype(engine, folder, place.device), "--device", place.device),
         *("--weight-version", "0", "--log-level", "warning"),
     ]
@@ -74,16 +91,18 @@ def engine_command(
     if place.device == "cpu":
         command += _cpu_arguments(engine, folder)
     else:
-        command += ["--tp-size", str(max(1, len(engine_gpus(engine, place.index))))]
+        command += ["--tp-size", str(num_gpus(engine, place.index))]
         command += _given("--mem-fraction-static", engine.memory_fraction)
         command += _given("--max-total-tokens", engine.max_total_tokens)
         command += _given("--max-running-requests", engine.max_running_requests)
     return [*command, *engine.extra_args]
 
 
-def engine_environment(engine: EngineConfig, place: EnginePlace) -> dict[str, str]:
-    """The environment of one engine."""
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+def engine_environment(
+    engine: EngineConfig, place: EnginePlace, inherited: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The environment of one engine, from that of the process that starts it."""
+    environment = dict(inherited, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     if place.device == "cuda":
         if engine.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(
@@ -96,6 +115,15 @@ def engine_environment(engine: EngineConfig, place: EnginePlace) -> dict[str, st
     environment["SGLANG_CPU_FORK"] = "1"
     environment["OMP_NUM_THREADS"] = str(engine.threads)
     return environment
+
+
+def num_gpus(engine: EngineConfig, index: int) -> int:
+    """GPUs of replica ``index`` where engines have any: its tensor-parallel size.
+
+    Raises:
+        ConfigError: the GPUs cannot be shared evenly.
+    """
+    return engine.ray_gpus or max(1, len(engine_gpus(engine, index)))
 
 
 def engine_gpus(engine: EngineConfig, index: int) -> tuple[int, ...]:
@@ -111,6 +139,11 @@ def engine_gpus(engine: EngineConfig, index: int) -> tuple[int, ...]:
             "give each engine the same number of GPUs"
         )
     return engine.gpus[index * share : (index + 1) * share]
+
+
+def cannot_be_started(python: str, error: OSError) -> str:
+    """What keeps ``serving.python`` from being executed."""
+    return f"serving.python is {python!r}, which cannot be started: {error}"
 
 
 def router_command(

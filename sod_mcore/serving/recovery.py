@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sod_mcore.serving.json_http import EngineError, JsonHttp
@@ -49,11 +50,18 @@ class Recovery:
     Args:
         http: used for the questions.
         backoff: pauses between them.
+        locate: says where an engine is now, which may be another address than before.
     """
 
-    def __init__(self, http: JsonHttp, backoff: Backoff) -> None:
+    def __init__(
+        self,
+        http: JsonHttp,
+        backoff: Backoff,
+        locate: Callable[[Replica], str] = lambda replica: replica.url,
+    ) -> None:
         self._http = http
         self._backoff = backoff
+        self._locate = locate
         self._checks: dict[Replica, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
@@ -99,6 +107,7 @@ class Recovery:
         """Why an engine cannot be used now, and what it has to prove next; no problem if it can."""
         try:
             if replica.down_reason == "failed":
+                replica.url = self._locate(replica)
                 await self._http.get(f"{replica.url}/health", HEALTH_SECONDS)
             if replicas.required_version is not None:
                 answer = await self._http.get(f"{replica.url}/model_info", VERSION_SECONDS)

@@ -1,4 +1,4 @@
-"""One engine or router: started on a port of its own, and started again there when it dies.
+"""One engine or router: started, and started again when it dies.
 
 An engine that lives but answers no more counts as dead. It is asked for ``/server_info``: SGLang
 0.5.23 passes that through the scheduler, which answers between two batches, and also while it is
@@ -17,15 +17,13 @@ from pathlib import Path
 import aiohttp
 
 from sod_mcore.config import ServingConfig
-from sod_mcore.serving import launch
-from sod_mcore.serving.children import Child, Children
 from sod_mcore.serving.fleet import FleetError
 from sod_mcore.serving.fleet_state import Condition, FleetStateFile, Role
+from sod_mcore.serving.places import POLL_SECONDS, NotStartedError, Place, Running
 from sod_mcore.serving.restarts import RestartBudget
 
 START_ATTEMPTS = 3
 """First starts of one process whose port was taken by somebody else in the meantime."""
-POLL_SECONDS = 0.5
 PORT_LOST = re.compile(r"address already in use|port is already in use", re.IGNORECASE)
 READY_PATHS: Mapping[Role, str] = {"engine": "/health", "router": "/readiness"}
 SIGN_OF_LIFE = "/server_info"
@@ -43,16 +41,14 @@ class ServerSpec:
         name: what people call it, such as "student_engine_1".
         model: the model that it serves.
         role: "engine" or "router".
-        command: the command line for a port.
-        environment: None for ours.
-        log_path: receives its output.
+        place: starts its processes.
+        log_path: has their output.
     """
 
     name: str
     model: str
     role: Role
-    command: Callable[[int], list[str]]
-    environment: Mapping[str, str] | None
+    place: Place
     log_path: Path
 
 
@@ -61,31 +57,30 @@ class Server:
 
     Args:
         spec: what to run.
-        serving: where, and how patiently.
-        children: starts it, and ends it with us.
+        serving: how patiently.
         states: is told of every change.
         say: receives a line at a death and when it is over.
+        on_move: called when it has another address than before, and answers there.
     """
 
     def __init__(
         self,
         spec: ServerSpec,
         serving: ServingConfig,
-        children: Children,
         states: FleetStateFile,
         say: Callable[[str], None],
+        on_move: Callable[[Server], None] = lambda server: None,
     ) -> None:
         self.spec = spec
         self.url = ""
         self._serving = serving
-        self._children = children
         self._states = states
         self._say = say
+        self._on_move = on_move
         self._budget = RestartBudget(serving.max_restarts, serving.restart_window_seconds)
         self._restarts = 0
-        self._port = 0
-        self._command: list[str] = []
-        self._child: Child | None = None
+        self._process: Running | None = None
+        self._renewal: str | None = None
 
     async def start(self) -> str:
         """Start it on a free port, again if the port is lost; returns its base URL when ready.
@@ -94,18 +89,19 @@ class Server:
             FleetError: it cannot be started, or died.
         """
         for attempt in range(1, START_ATTEMPTS + 1):
-            self._port = launch.free_port(self._serving.host)
-            self._command = self.spec.command(self._port)
-            self.url = f"http://{self._serving.host}:{self._port}"
             self._record("starting")
-            child = self._start_process()
-            if await until_ready(self.url + READY_PATHS[self.spec.role], child):
+            try:
+                process = await self._start_process(anew=True)
+            except NotStartedError as error:
+                raise FleetError(f"{self.spec.name} {error}") from error
+            self._record("starting")
+            if await until_ready(self.url + READY_PATHS[self.spec.role], process):
                 self._record("ready")
                 return self.url
-            if attempt == START_ATTEMPTS or not PORT_LOST.search(child.log_tail(lines=100)):
-                raise FleetError(f"{self.spec.name} {_end(child)}; {_last_lines(child)}")
-            self._say(f"{self.spec.name}: port {self._port} was taken; starting again on another")
-            await asyncio.to_thread(self._children.kill, child)
+            if attempt == START_ATTEMPTS or not PORT_LOST.search(process.log_tail(lines=100)):
+                raise FleetError(f"{self.spec.name} {process.end}; {self._last_lines(process)}")
+            self._say(f"{self.spec.name}: {self.url} was taken; starting again on another port")
+            await process.kill()
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def keep(self) -> None:
@@ -116,24 +112,36 @@ class Server:
         """
         while True:
             cause: str | None = await self._until_dead()
-            began = asyncio.get_running_loop().time()
+            began, url_before = asyncio.get_running_loop().time(), self.url
             while cause is not None:
                 cause = await self._restart(cause)
+            if self.url != url_before:
+                self._on_move(self)
             self._record("ready")
             seconds = asyncio.get_running_loop().time() - began
-            self._say(f"{self.spec.name}: ready again after {seconds:.0f} s")
+            where = f" at {self.url}" if self.url != url_before else ""
+            self._say(f"{self.spec.name}: ready again{where} after {seconds:.0f} s")
+
+    def renew(self, reason: str) -> None:
+        """Let :meth:`keep` start it again, with the command line that it has now.
+
+        That counts as no death.
+        """
+        self._renewal = reason
 
     async def _until_dead(self) -> str:
         """Wait for its end, or for its silence; returns what happened."""
         silence = asyncio.create_task(self._until_silent())
         try:
-            while self._running_child.exit_code is None:
+            while self._running.end is None:
+                if self._renewal is not None:
+                    return self._renewal
                 if silence.done():
                     silence.result()  # raises what ended it otherwise
                     seconds = self._serving.health_timeout_seconds
                     return f"did not answer for {seconds:g} s (serving.health_timeout_seconds)"
                 await asyncio.sleep(POLL_SECONDS)
-            return _end(self._running_child)
+            return str(self._running.end)
         finally:
             silence.cancel()
 
@@ -159,12 +167,15 @@ class Server:
             FleetError: it died too often, or cannot be ended.
         """
         self._record("restarting")  # first: ending what is left of it may take a while
-        name, child = self.spec.name, self._running_child
-        lines = _last_lines(child)
-        if not await asyncio.to_thread(self._children.kill, child):
+        name, process = self.spec.name, self._running
+        lines = self._last_lines(process)
+        if not await process.kill():
             raise FleetError(f"{name} {cause}, and its processes do not end; {lines}")
         most, window = self._serving.max_restarts, self._serving.restart_window_seconds
-        pause = self._budget.take(asyncio.get_running_loop().time())
+        pause: float | None = 0.0
+        if self._renewal is None:
+            pause = self._budget.take(asyncio.get_running_loop().time())
+        self._renewal = None
         if pause is None:
             self._record("given up")
             tries = f" after {most} restarts in {window:g} s (serving.max_restarts)" if most else ""
@@ -177,51 +188,38 @@ class Server:
         timeout = self._serving.start_timeout_seconds
         try:
             async with asyncio.timeout(timeout):
-                await self._until_port_is_free()
+                process = await self._start_process(anew=False)
                 self._restarts += 1
-                child = self._start_process()
                 self._record("restarting")
-                is_ready = await until_ready(self.url + READY_PATHS[self.spec.role], child)
+                is_ready = await until_ready(self.url + READY_PATHS[self.spec.role], process)
+        except NotStartedError as error:
+            return str(error)
         except TimeoutError:
             return f"was not ready within serving.start_timeout_seconds={timeout:g}"
-        return None if is_ready else _end(child)
+        return None if is_ready else str(process.end)
 
-    async def _until_port_is_free(self) -> None:
-        """Another program may have got the port meanwhile; the addresses must stay true."""
-        if launch.is_free_port(self._serving.host, self._port):
-            return
-        self._say(f"{self.spec.name}: another program has port {self._port}; waiting for its end")
-        while not launch.is_free_port(self._serving.host, self._port):
-            await asyncio.sleep(POLL_SECONDS)
-
-    def _start_process(self) -> Child:
-        try:
-            self._child = self._children.start(
-                self.spec.name,
-                self._command,
-                environment=self.spec.environment,
-                log_path=self.spec.log_path,
-            )
-        except OSError as error:
-            raise FleetError(
-                f"serving.python is {self._serving.python!r}, which cannot be started: {error}"
-            ) from error
-        return self._child
+    async def _start_process(self, *, anew: bool) -> Running:
+        self._process = await self.spec.place.start(anew=anew)
+        self.url = self._process.url
+        return self._process
 
     @property
-    def _running_child(self) -> Child:
-        assert self._child is not None, "start() comes first"
-        return self._child
+    def _running(self) -> Running:
+        assert self._process is not None, "start() comes first"
+        return self._process
+
+    def _last_lines(self, process: Running) -> str:
+        return f"the last lines of {self.spec.log_path}:\n{process.log_tail()}"
 
     def _record(self, state: Condition) -> None:
         spec = self.spec
         self._states.record(spec.name, spec.model, spec.role, self.url, state, self._restarts)
 
 
-async def until_ready(url: str, child: Child | None = None) -> bool:
-    """Wait until ``url`` answers 200; False if ``child`` ends before."""
+async def until_ready(url: str, process: Running | None = None) -> bool:
+    """Wait until ``url`` answers 200; False if ``process`` ends before."""
     async with aiohttp.ClientSession() as session:
-        while child is None or child.exit_code is None:
+        while process is None or process.end is None:
             if await answer_status(session, url, 30.0) == 200:
                 return True
             await asyncio.sleep(POLL_SECONDS)
@@ -236,11 +234,3 @@ async def answer_status(session: aiohttp.ClientSession, url: str, seconds: float
             return response.status
     except (aiohttp.ClientError, TimeoutError, ConnectionError):
         return None
-
-
-def _end(child: Child) -> str:
-    return f"ended with exit code {child.exit_code}"
-
-
-def _last_lines(child: Child) -> str:
-    return f"the last lines of {child.log_path}:\n{child.log_tail()}"

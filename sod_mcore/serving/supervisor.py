@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -28,15 +30,16 @@ from sod_mcore.serving.fleet import (
 from sod_mcore.serving.fleet_state import FleetStateFile
 from sod_mcore.serving.front_door import FrontDoor
 from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.launch import Address
 from sod_mcore.serving.model_folder import ModelFolder, read_model_folder
+from sod_mcore.serving.places import LocalPlace, Place
+from sod_mcore.serving.ray_room import check_engines_on
 from sod_mcore.serving.scoring import ScoringError
 from sod_mcore.serving.self_test import check_scoring
-from sod_mcore.serving.server import (
-    Server,
-    ServerSpec,
-    answer_status,
-    until_ready,
-)
+from sod_mcore.serving.server import Server, ServerSpec, answer_status, until_ready
+
+if TYPE_CHECKING:
+    from sod_mcore.serving.ray_nodes import RayNodes
 
 Result = TypeVar("Result")
 
@@ -58,9 +61,12 @@ class Fleet:
         self._directory = directory
         self._say = say
         self._device = launch.resolve_device(serving.device)
+        self._nodes: RayNodes | None = None
         self._front_door: FrontDoor | None = None
-        self._is_ready = False
         self._servers: list[Server] = []
+        self._engines: dict[str, list[Server]] = {}
+        self._routers: dict[str, Server] = {}
+        self._endpoints: Endpoints | None = None
         self._states = FleetStateFile(directory)
         self.children = Children()
 
@@ -72,6 +78,7 @@ class Fleet:
             ConfigError: a model folder cannot be served, or another fleet serves this run.
         """
         launch.host_address(self._serving.host)
+        check_engines_on(self._serving)
         await self._refuse_second_fleet()
         models = self._serving.models
         folders = {
@@ -80,6 +87,8 @@ class Fleet:
         }
         for name, engine in models.items():
             launch.check_context_length(serving_field(name), engine, folders[name])
+        if self._serving.engines_on == "ray":
+            await self._join_ray()
         timeout = self._serving.start_timeout_seconds
         try:
             async with asyncio.timeout(timeout):
@@ -106,26 +115,31 @@ class Fleet:
         )
         await self._probe(endpoints)
         write_endpoints(endpoints, self._directory)
-        self._is_ready = True
+        self._endpoints = endpoints
         return endpoints
 
     async def watch(self) -> None:
         """Start again what dies; return never.
 
         Raises:
-            FleetError: an engine or router has died too often.
+            FleetError: an engine or router has died too often, or the Ray cluster is gone.
         """
-        await _all_or_first_error([server.keep() for server in self._servers])
+        watched = [server.keep() for server in self._servers]
+        if self._nodes is not None:
+            watched.append(self._nodes.watch())
+        await _all_or_first_error(watched)
         await asyncio.Event().wait()  # nothing here is ours
 
     async def stop(self) -> None:
         """Remove the addresses and end every process."""
-        if self._is_ready:
+        if self._endpoints is not None:
             endpoints_path(self._directory).unlink(missing_ok=True)
-            self._is_ready = False
+            self._endpoints = None
         self._states.remove()
         if self._front_door is not None:
             await self._front_door.stop()
+        if self._nodes is not None:
+            await self._nodes.close()
         self.children.stop()
 
     async def _refuse_second_fleet(self) -> None:
@@ -153,9 +167,9 @@ class Fleet:
                 f"{name}: starting {engine.engines} engine(s) on {self._device} "
                 f"with {engine.model_path}"
             )
-            urls = await _all_or_first_error(
-                [self._start_engine(name, engine, folder, i) for i in range(engine.engines)]
-            )
+            engines = [self._engine(name, engine, folder, i) for i in range(engine.engines)]
+            self._engines[name] = engines
+            urls = await _all_or_first_error([server.start() for server in engines])
         if len(urls) == 1 and engine.addresses:
             route = urls[0]
         else:
@@ -171,36 +185,67 @@ class Fleet:
             vocab_size=folder.vocab_size,
         )
 
-    async def _start_engine(
-        self, name: str, engine: EngineConfig, folder: ModelFolder, index: int
-    ) -> str:
+    async def _join_ray(self) -> None:
+        from sod_mcore.serving.ray_nodes import RayNodes
+
+        self._nodes = RayNodes(self._serving)
+        self._device = await self._nodes.reserve()
+
+    def _engine(self, name: str, engine: EngineConfig, folder: ModelFolder, index: int) -> Server:
         place = launch.EnginePlace(name, index, self._device)
-
-        def command(port: int) -> list[str]:
-            return launch.engine_command(self._serving, engine, folder, place, port)
-
-        environment = launch.engine_environment(engine, place)
         log_path = self._log_path(f"{name}_engine_{index}")
-        return await self._start_server(
-            ServerSpec(f"{name}_engine_{index}", name, "engine", command, environment, log_path)
-        )
+        if self._nodes is not None:
+            start_at: Place = self._nodes.place(engine, folder, place, log_path)
+        else:
+            start_at = LocalPlace(
+                f"{name}_engine_{index}",
+                host=self._serving.host,
+                command=partial(launch.engine_command, self._serving, engine, folder, place),
+                environment=launch.engine_environment(engine, place),
+                log_path=log_path,
+                children=self.children,
+                say=self._say,
+            )
+        spec = ServerSpec(f"{name}_engine_{index}", name, "engine", start_at, log_path)
+        return self._server(spec)
 
     async def _start_router(self, name: str, engine_urls: Sequence[str]) -> str:
-        def command(port: int) -> list[str]:
+        def command(address: Address) -> list[str]:
+            urls = [server.url for server in self._engines.get(name, [])] or engine_urls
             prometheus_port = launch.free_port("127.0.0.1")
             return launch.router_command(
-                self._serving, engine_urls, port=port, prometheus_port=prometheus_port
+                self._serving, urls, port=address.port, prometheus_port=prometheus_port
             )
 
         log_path = self._log_path(f"{name}_router")
-        return await self._start_server(
-            ServerSpec(f"{name}_router", name, "router", command, None, log_path)
+        place = LocalPlace(
+            f"{name}_router",
+            host=self._serving.host,
+            command=command,
+            environment=None,
+            log_path=log_path,
+            children=self.children,
+            say=self._say,
         )
+        router = self._server(ServerSpec(f"{name}_router", name, "router", place, log_path))
+        self._routers[name] = router
+        return await router.start()
 
-    async def _start_server(self, spec: ServerSpec) -> str:
-        server = Server(spec, self._serving, self.children, self._states, self._say)
+    def _server(self, spec: ServerSpec) -> Server:
+        server = Server(spec, self._serving, self._states, self._say, self._note_move)
         self._servers.append(server)
-        return await server.start()
+        return server
+
+    def _note_move(self, moved: Server) -> None:
+        """Write where an engine is now; clients look there for one that is gone."""
+        name = moved.spec.model
+        assert self._endpoints is not None
+        urls = tuple(server.url for server in self._engines[name])
+        model = dataclasses.replace(self._endpoints.model(name), engines=urls)
+        models = {**self._endpoints.models, name: model}
+        self._endpoints = dataclasses.replace(self._endpoints, models=models)
+        write_endpoints(self._endpoints, self._directory)
+        self._routers[name].renew(f"must hear that {moved.spec.name} is at {moved.url}")
 
     def _log_path(self, name: str) -> Path:
         return self._directory / "serving" / f"{name}.log"

@@ -2,7 +2,8 @@
 
 Runs as a program of its own with nothing but the standard library: it reads the groups from its
 standard input, one a line with its grace period in seconds (or that it has ended), and acts when
-the pipe closes without the farewell.
+the pipe closes without the farewell. With ``DETACHED`` as its argument it is no child of the parent
+but of nobody: Ray kills the children of its actors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+DETACHED = "detached"
 FAREWELL = "done\n"
 ENDED = "ended"
 POLL_SECONDS = 0.05
@@ -64,6 +66,8 @@ def live_groups(groups: Iterable[int]) -> set[int]:
 
 def main() -> None:
     """Collect the groups until the pipe closes; end them if it closed without the farewell."""
+    if sys.argv[1:] == [DETACHED] and os.fork():
+        os._exit(0)
     groups: dict[int, float] = {}
     for line in sys.stdin:
         if line == FAREWELL:

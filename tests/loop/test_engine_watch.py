@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sod_mcore.loop.engine_watch import EngineWatch
-from sod_mcore.serving.fleet import Endpoints, FleetError, ModelEndpoints
+from sod_mcore.serving.fleet import Endpoints, FleetError, ModelEndpoints, write_endpoints
 from sod_mcore.serving.fleet_state import Condition, FleetStateFile, state_path
 
 CLOSED = "http://127.0.0.1:9"
@@ -54,6 +54,19 @@ def test_weights_go_to_the_engines_that_are_ready(tmp_path: Path, file: FleetSta
     ready = begin(watch, fleet(*OURS))
     assert ready.model("student").engines == OURS[1:]
     assert ready.model("teacher").engines == OURS, "another model's engines are not touched"
+
+
+def test_an_engine_that_was_started_again_elsewhere_gets_the_weights(
+    tmp_path: Path, file: FleetStateFile
+) -> None:
+    watch = EngineWatch(tmp_path, patience_seconds=0.0)
+    begin(watch, fleet(*OURS))
+    moved = "http://other_node:1"
+    file.record("student_0", "student", "engine", moved, "ready", 1)
+    write_endpoints(fleet(moved, OURS[1]), tmp_path)
+    assert watch.is_weightless()
+    assert begin(watch, fleet(*OURS)).model("student").engines == (moved, OURS[1])
+    assert not watch.is_weightless()
 
 
 def test_an_engine_that_comes_back_is_missed_until_it_has_the_weights(

@@ -78,6 +78,36 @@ def test_an_engine_that_answers_nonsense_is_left_for_another(answer: bytes, coun
     run_bounded(test)
 
 
+def test_an_engine_is_found_where_the_fleet_has_started_it_again() -> None:
+    """A request waits for it; the address of an engine that answers is not looked up."""
+
+    async def test() -> None:
+        moved, dead = ScriptedEngine(answers(200)), f"http://127.0.0.1:{free_port()}"
+        asked: list[str] = []
+        written = [dead]
+
+        def find_engines(model: str) -> list[str]:
+            asked.append(model)
+            return written
+
+        async with (
+            TestServer(moved.application()) as server,
+            EngineClient(
+                endpoints(dead), find_engines=find_engines, first_backoff_seconds=0.01
+            ) as client,
+        ):
+            waiting = asyncio.create_task(ask(client))
+            await until(lambda: len(asked) > 2)
+            written[:] = [str(server.make_url("")).rstrip("/")]
+            assert len((await waiting).token_ids) == 3
+            before = len(asked)
+            await ask(client, "again")
+            assert (len(moved.requests), len(asked)) == (2, before)
+            assert set(asked) == {"student"}
+
+    run_bounded(test)
+
+
 def test_an_engine_that_refuses_connections() -> None:
     async def test() -> None:
         good = ScriptedEngine(answers(200))

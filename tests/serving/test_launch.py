@@ -10,9 +10,10 @@ import pytest
 
 from sod_mcore.config import ConfigError, EngineConfig, ServingConfig
 from sod_mcore.serving import launch
-from sod_mcore.serving.launch import EnginePlace
+from sod_mcore.serving.launch import Address, EnginePlace
 from sod_mcore.serving.model_folder import ModelFolder, read_model_folder
 
+HERE = Address("127.0.0.1", 1234)
 SHAPE: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 64,
@@ -32,7 +33,7 @@ def folder(path: Path, **changes: Any) -> ModelFolder:
 def command(path: Path, place: EnginePlace, **engine: Any) -> list[str]:
     config = EngineConfig(model_path=str(path), **engine)
     return launch.engine_command(
-        ServingConfig(student=config), config, folder(path, dtype="bfloat16"), place, port=1234
+        ServingConfig(student=config), config, folder(path, dtype="bfloat16"), place, HERE
     )
 
 
@@ -54,7 +55,7 @@ def test_precision(tmp_path: Path, device: launch.Device, stored: str, expected:
     config = EngineConfig(model_path=str(tmp_path))
     place = EnginePlace("student", 0, device)
     model = folder(tmp_path, dtype=stored)
-    arguments = launch.engine_command(ServingConfig(student=config), config, model, place, 1)
+    arguments = launch.engine_command(ServingConfig(student=config), config, model, place, HERE)
     assert value(arguments, "--dtype") == expected
 
 
