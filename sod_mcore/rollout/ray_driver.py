@@ -303,6 +303,8 @@ class RayDriver:
         Raises:
             RolloutError: none could be started in time.
         """
+        loop = asyncio.get_running_loop()
+        lost = loop.time()
         for _ in range(MISSES):  # first: a call to a Ray that is gone stops the whole process
             await in_thread(self._check_cluster)
             await asyncio.sleep(self._watch_seconds)
@@ -317,6 +319,10 @@ class RayDriver:
             batch.groups.lose(member.number, cause)
             self._settle(ticket, batch)
         await self._start_again(member, cause)
+        seconds = loop.time() - lost
+        logger.warning(
+            "rollout actor %d plays again, on %s, after %.0f s", member.number, member.host, seconds
+        )
         for batch in self._batches.values():
             self._give(member, batch.groups)
 
