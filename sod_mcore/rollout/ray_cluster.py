@@ -102,6 +102,8 @@ class LocalRay:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             # Ray's name for a node that others cannot reach, and so may be on 127.0.0.1.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # By default 15: programs of the model would wait for the engines, and run out of time.
+            "RAY_worker_niceness": "0",
         }
         self._connection, theirs = Pipe()
         self._process = self._start(theirs)
