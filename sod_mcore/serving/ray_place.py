@@ -25,6 +25,9 @@ from sod_mcore.serving.ray_room import Room
 _ANSWER_SECONDS = 30.0
 """For calls that an actor answers at once."""
 
+ROOM_SECONDS = 120.0
+"""An actor with room has its place in a few seconds."""
+
 MakeOrder = Callable[[Address | None], EngineOrder]
 """The order for an engine, whose last address it gets."""
 
@@ -85,15 +88,22 @@ class RayPlace:
         strategy: Ray's name for the reserved room.
         make_order: says what to start.
         taken: addresses of all engines of the fleet; this one's are added.
+        room_seconds: longest wait for a node that has the room, where the last one is gone.
     """
 
     def __init__(
-        self, room: Room, strategy: object, make_order: MakeOrder, taken: set[Address]
+        self,
+        room: Room,
+        strategy: object,
+        make_order: MakeOrder,
+        taken: set[Address],
+        room_seconds: float = ROOM_SECONDS,
     ) -> None:
         self._room = room
         self._strategy = strategy
         self._make_order = make_order
         self._taken = taken
+        self._room_seconds = room_seconds
         self._actor: Any = None
         self._process: RayProcess | None = None
         self._last: Address | None = None
@@ -103,7 +113,7 @@ class RayPlace:
         """On the last node and port, if they are there.
 
         Raises:
-            NotStartedError: the actor, or its node, died meanwhile.
+            NotStartedError: the actor, or its node, died meanwhile; or no node has room.
             FleetError: ``serving.python`` cannot be started there.
         """
         from ray.exceptions import RayError
@@ -113,7 +123,7 @@ class RayPlace:
         try:
             if self._actor is None:
                 self._actor = await in_thread(self._make_actor)
-            host = await self._actor.host.remote()
+            host = await self._wait_for_room(self._actor)
             self._has_started = True
             order = self._make_order(None if anew else self._last)
             started = await self._actor.start.remote(order)
@@ -138,6 +148,17 @@ class RayPlace:
                 async with asyncio.timeout(GRACE_SECONDS + _ANSWER_SECONDS):
                     await self._actor.stop.remote()
         self._discard()
+
+    async def _wait_for_room(self, actor: Any) -> str:
+        """The address of the actor's node; the actor stays in the queue where there is none yet."""
+        try:
+            async with asyncio.timeout(self._room_seconds):
+                return str(await actor.host.remote())
+        except TimeoutError as error:
+            raise NotStartedError(
+                f"found no place within {self._room_seconds:g} s: it reserves {self._room} on one "
+                "node of the Ray cluster"
+            ) from error
 
     def _make_actor(self) -> Any:
         import ray

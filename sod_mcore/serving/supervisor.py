@@ -138,9 +138,11 @@ class Fleet:
         self._states.remove()
         if self._front_door is not None:
             await self._front_door.stop()
-        if self._nodes is not None:
-            await self._nodes.close()
-        self.children.stop()
+        try:
+            if self._nodes is not None:
+                await self._nodes.close()
+        finally:
+            self.children.stop()
 
     async def _refuse_second_fleet(self) -> None:
         try:

@@ -53,6 +53,7 @@ def place(config: SodConfig, request: Request) -> Placement:
         )
     engine_gpus: set[int] = set()
     if config.serving is not None and with_engines:
+        _refuse_ray(config.serving)
         _refuse_addresses(config.serving, request)
         engine_gpus = _engine_gpus(config.serving, request)
     on_rank_nodes = set() if request.template == "engine_nodes" else engine_gpus
@@ -132,6 +133,15 @@ def _check_gpus(
         raise ConfigError(
             f"{field_name}.gpus is {list(engine.gpus)}, but --gpus-per-node is {gpus}; indices are "
             "those of one node and begin with 0"
+        )
+
+
+def _refuse_ray(serving: ServingConfig) -> None:
+    """The job's own nodes are what it has reserved."""
+    if serving.engines_on == "ray":
+        raise ConfigError(
+            "serving.engines_on is ray, but a SLURM job starts the engines on its own nodes; set "
+            "it to local"
         )
 
 

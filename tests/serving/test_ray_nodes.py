@@ -7,17 +7,21 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from sod_mcore.serving.client import EngineClient
+from sod_mcore.serving.engine_actor import EngineOrder
 from sod_mcore.serving.fleet import Endpoints, FleetError, engines_now, read_endpoints
 from sod_mcore.serving.fleet_state import read_fleet_state
+from sod_mcore.serving.places import NotStartedError
+from sod_mcore.serving.ray_place import RayPlace
+from sod_mcore.serving.ray_room import Room
 from sod_mcore.serving.scoring import score
 from tests.serving.processes import wait_until_gone
 from tests.serving.ray_nodes import (
@@ -273,3 +277,32 @@ def test_a_relative_path_holds_on_every_node(on_ray: Setup, tmp_path: Path) -> N
         endpoints = serving.wait_until_served()
         words = psutil.Process(engine_at(endpoints.model("student").engines[0])).cmdline()
         assert Path(words[words.index("--model-path") + 1]).is_absolute()
+
+
+def test_no_node_with_room_is_told_in_words(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the death of the last node that had it; the actor stays in the queue for it."""
+    made: list[Any] = []
+
+    class QueuedActor:
+        def __init__(self) -> None:
+            made.append(self)
+            self.host = self
+
+        def remote(self) -> Awaitable[str]:
+            return asyncio.get_running_loop().create_future()
+
+    def refuse_order(last: object) -> EngineOrder:
+        raise AssertionError("nothing can be started")
+
+    place = RayPlace(Room(2, 1), None, refuse_order, set(), room_seconds=0.1)
+    monkeypatch.setattr(place, "_make_actor", QueuedActor)
+
+    async def start() -> None:
+        for _ in range(2):
+            with pytest.raises(
+                NotStartedError, match=r"no place within 0\.1 s: it reserves 2 GPUs"
+            ):
+                await place.start(anew=False)
+
+    asyncio.run(start())
+    assert len(made) == 1

@@ -160,6 +160,7 @@ def test_a_replay_starts_no_engines(folder: Path, capsys: pytest.CaptureFixture[
             {"serving": {"student": {"gpus": [0]}}},
             "serving takes GPU 0, but the node's 6 ranks take GPUs 0 to 5",
         ),
+        (ONE_NODE, {"serving": {"engines_on": "ray"}}, "serving.engines_on is ray, but a SLURM"),
         (ONE_NODE, {"serving": {"teacher": {"gpus": [8]}}}, "serving.teacher.gpus is [8]"),
         (ONE_NODE, {"serving": {"teacher": {"gpus": [6]}}}, "take GPU 6 as well"),
         (ONE_NODE, {"serving": {"teacher": {"gpus": []}}}, "serving.teacher.gpus is empty"),
