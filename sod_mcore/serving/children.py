@@ -80,6 +80,8 @@ class Children:
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
+        if is_actor:
+            self._watchdog.wait(timeout=GRACE_SECONDS)  # for the fork that leaves it behind
         self._children: list[Child] = []
 
     def start(

@@ -75,7 +75,7 @@ def test_real_engines_in_ray_actors_score_the_probe(
             np.testing.assert_allclose(scores(name), before[name], atol=1e-3)
         serving.process.send_signal(signal.SIGTERM)
         assert serving.wait() == 0
-    assert not left_of(setup.folder)
+    assert not wait_until_gone(left_of(setup.folder), 10)
 
 
 MODELS = ((0, "student"), (1, "teacher"))

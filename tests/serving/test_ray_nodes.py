@@ -72,6 +72,11 @@ def stop(serving: Serving) -> None:
     assert serving.process.wait(PATIENCE) == 0, serving.text()
 
 
+def assert_nothing_is_left(folder: Path) -> None:
+    """Watchdogs end by themselves, when the actor has said farewell."""
+    assert not wait_until_gone(left_of(folder), 10)
+
+
 def test_engines_are_spread_and_have_the_gpus_that_ray_gives_them(on_ray: Setup) -> None:
     overrides = ("serving.student.ray_gpus=2", "serving.teacher=null")
     with on_ray.serve(overrides=overrides) as serving:
@@ -98,8 +103,8 @@ def test_engines_are_spread_and_have_the_gpus_that_ray_gives_them(on_ray: Setup)
         family = left_of(on_ray.folder)
         assert len(family) > 2 * 2 + 2, "engines with their children, watchdogs, router, fleet"
         stop(serving)
-        assert not wait_until_gone(family, 0)
-    assert not left_of(on_ray.folder)
+        assert not wait_until_gone(family - watchdogs_of_actors(), 0)
+    assert_nothing_is_left(on_ray.folder)
 
 
 def test_two_engines_of_a_node_have_different_gpus(on_ray: Setup) -> None:
@@ -130,7 +135,7 @@ def test_an_engine_that_dies_is_started_again_where_it_was(on_ray: Setup) -> Non
         score_through(endpoints, "student", url)
         assert "student_engine_1 ended with exit code -9; it is started again" in serving.text()
         stop(serving)
-    assert not left_of(on_ray.folder)
+    assert_nothing_is_left(on_ray.folder)
 
 
 def test_an_engine_ends_with_its_actor_and_comes_back_with_another(on_ray: Setup) -> None:
@@ -157,7 +162,7 @@ def test_an_engine_of_a_node_that_dies_moves_to_another(cluster: Any, on_ray: Se
         route = endpoints.model("student").route
         victim, survivor = hosts(endpoints, "student")
         expected = score_through(endpoints, "student", kept)
-        group, watchdogs = group_of(engine_at(lost)), watchdogs_of_actors()
+        group = group_of(engine_at(lost))
 
         async def score_on_the_lost_one() -> list[float]:
             async with EngineClient(
@@ -189,8 +194,7 @@ def test_an_engine_of_a_node_that_dies_moves_to_another(cluster: Any, on_ray: Se
             stop(serving)
         finally:
             add_node(cluster, victim)
-    assert not left_of(on_ray.folder)
-    assert not wait_until_gone(watchdogs, 0)
+    assert_nothing_is_left(on_ray.folder)
 
 
 def test_nothing_survives_a_kill(on_ray: Setup) -> None:
@@ -202,7 +206,7 @@ def test_nothing_survives_a_kill(on_ray: Setup) -> None:
         serving.wait()
     assert not wait_until_gone(family, 60)
     assert not psutil.pid_exists(actor)
-    assert not left_of(on_ray.folder)
+    assert_nothing_is_left(on_ray.folder)
     with pytest.raises(FleetError, match="are gone"):
         read_endpoints(on_ray.directory)
 
@@ -213,7 +217,7 @@ def test_a_stop_during_the_start(on_ray: Setup) -> None:
         serving.wait_for(on_ray.directory / "serving" / "teacher_engine_0.log")
         serving.process.send_signal(signal.SIGTERM)
         assert serving.wait() == 128 + signal.SIGTERM
-    assert not left_of(on_ray.folder)
+    assert_nothing_is_left(on_ray.folder)
 
 
 @pytest.mark.parametrize(
