@@ -115,6 +115,10 @@ class SpanRecorder:
         finally:
             self._ended.append(Span(kind, start, self._clock(), lane, label))
 
+    def add(self, span: Span) -> None:
+        """Take a span that has ended, and was timed elsewhere."""
+        self._ended.append(span)
+
     def take(self) -> Spans:
         """The spans that have ended since the last call, in the order of their ends."""
         ended, self._ended = self._ended, []

@@ -50,6 +50,11 @@ class SodConfig:
         return Path(shared or self.run.directory)
 
     @property
+    def is_colocated(self) -> bool:
+        """Whether the engines share the trainer's GPUs, and sleep while it works."""
+        return self.serving is not None and self.serving.placement == "colocated"
+
+    @property
     def probe_tolerance(self) -> float:
         """Allowed difference between trainer and engine on the probe, nats."""
         given = self.serving.probe_tolerance if self.serving is not None else None

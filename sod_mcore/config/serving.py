@@ -96,6 +96,9 @@ class ServingConfig:
     that the node has in Ray."""
     port: NonNegative = 0
     """Port of the front door; 0 picks a free one."""
+    placement: Literal["split", "colocated"] = "split"
+    """Which GPUs engines have. split: their own. colocated: those of the trainer; then they sleep
+    while it works (docs/serving.md)."""
     directory: str | None = None
     """Folder of the addresses and the engines' logs; null takes run.directory. Runs that name the
     same folder share the engines, one after the other."""

@@ -33,6 +33,7 @@ from sod_mcore.outcome import (
 )
 from sod_mcore.serving.children import Child, forward_signal, shell_exit_code
 from sod_mcore.serving.fleet import Endpoints, FleetError, endpoints_path
+from sod_mcore.serving.placement import check_placement
 from sod_mcore.serving.places import POLL_SECONDS
 from sod_mcore.serving.supervisor import Fleet
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         config = load_config(SodConfig, Path(settings[0]), settings[1:])
         if config.serving is None:
             raise ConfigError("serving is missing; nothing to serve without that section")
+        check_placement(config)
         before = _outcome_written(config)
         try:
             code = asyncio.run(_serve(config, config.serving, command))

@@ -95,14 +95,38 @@ def engine_command(
         command += _given("--mem-fraction-static", engine.memory_fraction)
         command += _given("--max-total-tokens", engine.max_total_tokens)
         command += _given("--max-running-requests", engine.max_running_requests)
+        command += _sleep_arguments(serving, place)
     return [*command, *engine.extra_args]
 
 
+def _sleep_arguments(serving: ServingConfig, place: EnginePlace) -> list[str]:
+    """What lets an engine release its GPU's memory; without a GPU it releases none, and says 200.
+
+    The student gets new weights whenever it wakes; the others' are kept in the host's memory.
+    """
+    if serving.placement == "split":
+        return []
+    keep = [] if place.name == "student" else ["--enable-weights-cpu-backup"]
+    return ["--enable-memory-saver", *keep]
+
+
 def engine_environment(
-    engine: EngineConfig, place: EnginePlace, inherited: Mapping[str, str] = os.environ
+    engine: EngineConfig,
+    place: EnginePlace,
+    inherited: Mapping[str, str] = os.environ,
+    *,
+    sleeps: bool = False,
 ) -> dict[str, str]:
-    """The environment of one engine, from that of the process that starts it."""
+    """The environment of one engine, from that of the process that starts it.
+
+    Args:
+        sleeps: whether it is colocated.
+    """
     environment = dict(inherited, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    if sleeps:
+        # SGLang's memory saver refuses expandable segments, which the trainer may be set to use.
+        environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+        environment.pop("PYTORCH_ALLOC_CONF", None)
     if place.device == "cuda":
         if engine.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(

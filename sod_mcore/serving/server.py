@@ -21,6 +21,7 @@ from sod_mcore.serving.fleet import FleetError
 from sod_mcore.serving.fleet_state import Condition, FleetStateFile, Role
 from sod_mcore.serving.places import POLL_SECONDS, NotStartedError, Place, Running
 from sod_mcore.serving.restarts import RestartBudget
+from sod_mcore.serving.sleep_file import read_sleep
 
 START_ATTEMPTS = 3
 """First starts of one process whose port was taken by somebody else in the meantime."""
@@ -61,6 +62,8 @@ class Server:
         states: is told of every change.
         say: receives a line at a death and when it is over.
         on_move: called when it has another address than before, and answers there.
+        sleeps_in: the folder where a trainer tells that the engines are asleep
+            (``serving.placement: colocated``); None where they never are.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Server:
         states: FleetStateFile,
         say: Callable[[str], None],
         on_move: Callable[[Server], None] = lambda server: None,
+        sleeps_in: Path | None = None,
     ) -> None:
         self.spec = spec
         self.url = ""
@@ -77,6 +81,7 @@ class Server:
         self._states = states
         self._say = say
         self._on_move = on_move
+        self._sleeps_in = sleeps_in
         self._budget = RestartBudget(serving.max_restarts, serving.restart_window_seconds)
         self._restarts = 0
         self._process: Running | None = None
@@ -140,6 +145,8 @@ class Server:
                     silence.result()  # raises what ended it otherwise
                     seconds = self._serving.health_timeout_seconds
                     return f"did not answer for {seconds:g} s (serving.health_timeout_seconds)"
+                if self._is_left_asleep():
+                    return "was left asleep by a trainer that has ended"
                 await asyncio.sleep(POLL_SECONDS)
             return str(self._running.end)
         finally:
@@ -182,7 +189,23 @@ class Server:
             raise FleetError(f"{name} {cause}{tries}; {lines}")
         self._say(f"{name} {cause}; it is started again in {pause:g} s; {lines}")
         await asyncio.sleep(pause)
+        await self._until_memory_is_free()
         return await self._start_again()
+
+    def _is_left_asleep(self) -> bool:
+        record = read_sleep(self._sleeps_in) if self._sleeps_in is not None else None
+        if record is None or not record.is_orphaned:
+            return False
+        return record.engines.get(self.url) == self._restarts + 1
+
+    async def _until_memory_is_free(self) -> None:
+        """Wait while a trainer works on the engines' GPUs: this one would come up awake."""
+        if self._sleeps_in is None or self.spec.role != "engine":
+            return
+        while (record := read_sleep(self._sleeps_in)) and record.is_training:
+            if record.is_orphaned:
+                return
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _start_again(self) -> str | None:
         timeout = self._serving.start_timeout_seconds

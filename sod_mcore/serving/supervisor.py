@@ -37,6 +37,7 @@ from sod_mcore.serving.ray_room import check_engines_on
 from sod_mcore.serving.scoring import ScoringError
 from sod_mcore.serving.self_test import check_scoring
 from sod_mcore.serving.server import Server, ServerSpec, answer_status, until_ready
+from sod_mcore.serving.sleep_file import sleep_path
 
 if TYPE_CHECKING:
     from sod_mcore.serving.ray_nodes import RayNodes
@@ -80,6 +81,7 @@ class Fleet:
         launch.host_address(self._serving.host)
         check_engines_on(self._serving)
         await self._refuse_second_fleet()
+        sleep_path(self._directory).unlink(missing_ok=True)
         models = self._serving.models
         folders = {
             name: read_model_folder(f"{serving_field(name)}.model_path", Path(engine.model_path))
@@ -134,6 +136,7 @@ class Fleet:
         """Remove the addresses and end every process."""
         if self._endpoints is not None:
             endpoints_path(self._directory).unlink(missing_ok=True)
+            sleep_path(self._directory).unlink(missing_ok=True)
             self._endpoints = None
         self._states.remove()
         if self._front_door is not None:
@@ -187,6 +190,10 @@ class Fleet:
             vocab_size=folder.vocab_size,
         )
 
+    @property
+    def _is_colocated(self) -> bool:
+        return self._serving.placement == "colocated"
+
     async def _join_ray(self) -> None:
         from sod_mcore.serving.ray_nodes import RayNodes
 
@@ -203,7 +210,7 @@ class Fleet:
                 f"{name}_engine_{index}",
                 host=self._serving.host,
                 command=partial(launch.engine_command, self._serving, engine, folder, place),
-                environment=launch.engine_environment(engine, place),
+                environment=launch.engine_environment(engine, place, sleeps=self._is_colocated),
                 log_path=log_path,
                 children=self.children,
                 say=self._say,
@@ -234,7 +241,8 @@ class Fleet:
         return await router.start()
 
     def _server(self, spec: ServerSpec) -> Server:
-        server = Server(spec, self._serving, self._states, self._say, self._note_move)
+        sleeps_in = self._directory if self._is_colocated else None
+        server = Server(spec, self._serving, self._states, self._say, self._note_move, sleeps_in)
         self._servers.append(server)
         return server
 

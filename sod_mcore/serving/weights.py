@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,27 @@ FOLLOWING_MODEL = "teacher"
 FLUSHED, NOT_IDLE = 200, 400
 """Statuses of ``/flush_cache``, whose answer is no JSON."""
 
+MemoryTag = Literal["weights", "kv_cache"]
+"""Kinds of an engine's memory, by SGLang's names."""
+WEIGHTS: MemoryTag = "weights"
+KV_CACHE: MemoryTag = "kv_cache"
+
 RunningRequests = Literal["retract", "in_place", "abort"]
 """What becomes of requests that an update interrupts: SGLang's modes of ``/pause_generation``."""
 OUTAGE_SECONDS = 5.0
 """Longest wait for an engine that fails meanwhile: when it is started again, it holds other weights
 than those that are asked about."""
+
+
+class SleepingEngines(Protocol):
+    """Engines that may have released their memory (``sleep``)."""
+
+    async def wake(self, client: EngineClient, engines: Sequence[str], tag: MemoryTag) -> None:
+        """Give one kind of memory back to those of ``engines`` that are asleep.
+
+        Raises:
+            EngineError: an engine refused or did not answer.
+        """
 
 
 def update_weights(
@@ -44,6 +60,7 @@ def update_weights(
     *,
     running_requests: RunningRequests = "retract",
     follows_student: bool = False,
+    sleep: SleepingEngines | None = None,
 ) -> None:
     """Bring new weights to every engine of ``model``, and confirm the version that each reports.
 
@@ -61,6 +78,8 @@ def update_weights(
             "in_place" goes on with the old keys and values. Either way the answer says which
             version sampled which token. "abort" ends them.
         follows_student: whether the teacher is an average of the student's weights.
+        sleep: wakes engines that are asleep: their weights' memory before the weights arrive, their
+            cache's when all have confirmed the version.
 
     Raises:
         ValueError: ``model`` must not change, or ``version`` is negative.
@@ -74,7 +93,7 @@ def update_weights(
     if version < 0:
         raise ValueError(f"version is {version}; versions count from 0")
     transfer.check(endpoints.model(model))
-    asyncio.run(_update_all(endpoints, model, transfer, version, timeout, running_requests))
+    asyncio.run(_update_all(endpoints, model, transfer, version, timeout, running_requests, sleep))
 
 
 def weight_versions(endpoints: Endpoints, model: str, timeout: float) -> tuple[int, ...]:
@@ -147,6 +166,7 @@ async def _update_all(
     version: int,
     timeout: float,
     running_requests: RunningRequests,
+    sleep: SleepingEngines | None,
 ) -> None:
     served = endpoints.model(model)
     async with _client(endpoints, timeout) as client:
@@ -155,11 +175,15 @@ async def _update_all(
             pause = {"mode": running_requests}
             await post_to_all(client, served.engines, "pause_generation", pause)
             is_in_place = running_requests == "in_place"
+            if sleep is not None:
+                await sleep.wake(client, served.engines, WEIGHTS)
             await transfer.send(client, served, version, flush_cache=not is_in_place)
             if is_in_place:
                 await asyncio.gather(*(_flush_if_idle(client, url) for url in served.engines))
             for url in served.engines:
                 await _confirm(client, url, version)
+            if sleep is not None:
+                await sleep.wake(client, served.engines, KV_CACHE)
             await post_to_all(client, served.engines, "continue_generation", {})
         except (EngineError, WeightUpdateError) as error:
             raise WeightUpdateError(f"{model}: version {version} not loaded: {error}") from error

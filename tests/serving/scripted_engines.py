@@ -43,6 +43,10 @@ class ScriptedEngines:
         unwilling: index of the engine that refuses to join a group.
         dying: index of the engine that ends when it has ``accepted_buckets`` and gets another one.
         stuck: index of the engine that stands still then.
+        sleepless: index of the engine that refuses to release its memory.
+        notes_questions: whether questions for the version and requests are written down as well.
+        released: the memory that each engine has not got.
+        are_paused: which engines stand still.
     """
 
     model_path: Path = Path("folder")
@@ -62,6 +66,10 @@ class ScriptedEngines:
     unwilling: int | None = None
     dying: int | None = None
     stuck: int | None = None
+    sleepless: int | None = None
+    notes_questions: bool = False
+    released: list[set[str]] = field(default_factory=lambda: [set(), set()])
+    are_paused: list[bool] = field(default_factory=lambda: [False, False])
     ranks: tuple[ScriptedRanks, ScriptedRanks] = field(
         default_factory=lambda: (ScriptedRanks(), ScriptedRanks())
     )
@@ -73,6 +81,7 @@ class ScriptedEngines:
     def application(self, index: int) -> web.Application:
         async def pause(request: web.Request) -> web.Response:
             self.mode = (await request.json())["mode"]
+            self.are_paused[index] = True
             return self._note(index, "pause")
 
         async def update_from_disk(request: web.Request) -> web.Response:
@@ -81,9 +90,27 @@ class ScriptedEngines:
                 return _refusal("Weights were updated, but the cache was not flushed")
             if self.refusing == index:
                 return _refusal("shapes")
+            if "weights" in self.released[index]:
+                return self._die(index, request)
             if self.forgetful != index:
                 self.versions[index] = body["weight_version"]
             return self._note(index, "update and flush" if body["flush_cache"] else "update")
+
+        async def release(request: web.Request) -> web.Response:
+            tags = (await request.json())["tags"]
+            if self.sleepless == index:
+                return _refusal("no memory saver")
+            if self.released[index] or not self.are_paused[index]:
+                return self._die(index, request)  # as SGLang does, the first on a GPU only
+            self.released[index] = set(tags)
+            return self._note(index, f"release {' '.join(tags)}")
+
+        async def resume(request: web.Request) -> web.Response:
+            tags = (await request.json())["tags"]
+            if not self.released[index].issuperset(tags):
+                return self._die(index, request)
+            self.released[index].difference_update(tags)
+            return self._note(index, f"resume {' '.join(tags)}")
 
         async def flush_cache(request: web.Request) -> web.Response:
             if self.has_broken_cache:
@@ -160,9 +187,12 @@ class ScriptedEngines:
             return self._note(index, "end")
 
         async def proceed(request: web.Request) -> web.Response:
+            self.are_paused[index] = False
             return self._note(index, "continue")
 
         async def model_info(request: web.Request) -> web.Response:
+            if self.notes_questions:
+                self.calls.append((index, "version"))
             return web.json_response({"weight_version": self.versions[index]})
 
         async def server_info(request: web.Request) -> web.Response:
@@ -172,6 +202,10 @@ class ScriptedEngines:
 
         async def generate(request: web.Request) -> web.Response:
             ids = (await request.json())["input_ids"]
+            if self.released[index] and not self.are_paused[index]:
+                return self._die(index, request)
+            if self.notes_questions:
+                self.calls.append((index, "generate"))
             scores = [[None if n == 0 else -1.0, token, None] for n, token in enumerate(ids)]
             return web.json_response({"meta_info": {"input_token_logprobs": scores}})
 
@@ -183,6 +217,8 @@ class ScriptedEngines:
         application.router.add_post("/update_weights_from_distributed", update_from_group)
         application.router.add_post("/destroy_weights_update_group", leave_group)
         application.router.add_post("/flush_cache", flush_cache)
+        application.router.add_post("/release_memory_occupation", release)
+        application.router.add_post("/resume_memory_occupation", resume)
         application.router.add_post("/continue_generation", proceed)
         application.router.add_post("/generate", generate)
         application.router.add_post("/follow_script", follow_script)
@@ -197,9 +233,19 @@ class ScriptedEngines:
         self.calls.append((index, call))
         return web.json_response({"success": True})
 
+    def _die(self, index: int, request: web.Request) -> web.Response:
+        """As an engine does that touches memory which is not there."""
+        assert request.transport is not None
+        request.transport.abort()
+        return self._note(index, "die")
+
     async def _never(self) -> web.Response:
         await self.closing.wait()
         return _refusal("the test is over")
+
+    def calls_of(self, index: int) -> list[str]:
+        """The calls to one engine."""
+        return [call for number, call in self.calls if number == index]
 
     def call_names(self) -> list[str]:
         """The calls without the engines' numbers."""

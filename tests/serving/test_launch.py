@@ -105,6 +105,38 @@ def test_the_bridge_is_on_the_path_only_without_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "device", "placement", "expected"),
+    [
+        ("student", "cuda", "split", []),
+        ("student", "cuda", "colocated", ["--enable-memory-saver"]),
+        ("teacher", "cuda", "colocated", ["--enable-memory-saver", "--enable-weights-cpu-backup"]),
+        ("coder", "cuda", "colocated", ["--enable-memory-saver", "--enable-weights-cpu-backup"]),
+        ("teacher", "cpu", "colocated", []),
+    ],
+)
+def test_engines_that_sleep(
+    tmp_path: Path, name: str, device: launch.Device, placement: Any, expected: list[str]
+) -> None:
+    """The student's weights are sent anew, the others' are kept; a CPU engine needs no flag."""
+    config = EngineConfig(model_path=str(tmp_path))
+    serving = ServingConfig(student=config, placement=placement)
+    place = EnginePlace(name, 0, device)
+    arguments = launch.engine_command(serving, config, folder(tmp_path), place, 1)
+    flags = [a for a in arguments if a.startswith("--enable")]
+    assert flags == expected
+
+
+def test_engines_that_sleep_have_no_expandable_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    engine, place = EngineConfig(model_path=str(tmp_path)), EnginePlace("student", 0, "cuda")
+    for sleeps in (False, True):
+        environment = launch.engine_environment(engine, place, sleeps=sleeps)
+        assert ("PYTORCH_CUDA_ALLOC_CONF" in environment) == (not sleeps)
+
+
+@pytest.mark.parametrize(
     ("changes", "running", "expected"),
     [
         ({}, 8, 8000),  # all that eight sequences can use
