@@ -27,6 +27,7 @@ from sod_mcore.rollout.open_pool import open_pool
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
 from sod_mcore.serving.kept_groups import KeptGroups
+from sod_mcore.serving.sleep import EngineSleep
 from sod_mcore.student.backend import choose_backend
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed
@@ -63,6 +64,9 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     )
     ending.begin(stop)
     watch = _open_watch(config, stop) if endpoints is not None else None
+    sleep = None
+    if config.is_colocated and endpoints is not None:
+        sleep = stack.enter_context(closing(_open_sleep(config, endpoints, timeline, stop)))
     return Session(
         config,
         student,
@@ -70,7 +74,7 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
         _open_source(config, prompts, pool, watch, reporter, stop) if is_rank_zero else None,
         pool,
         watch,
-        _open_weight_sync(config, student, endpoints, watch, stack) if is_live else None,
+        _open_weight_sync(config, student, endpoints, watch, sleep, stack) if is_live else None,
         prompts.evaluation,
         reporter,
         stop,
@@ -139,11 +143,25 @@ def _open_watch(config: SodConfig, stop: StopRequest) -> EngineWatch:
     )
 
 
+def _open_sleep(
+    config: SodConfig, endpoints: Endpoints, timeline: StepTimeline, stop: StopRequest
+) -> EngineSleep:
+    assert config.serving is not None
+    return EngineSleep(
+        endpoints,
+        config.serving,
+        config.serving_directory,
+        note=timeline.note,
+        should_stop=lambda: stop.reason is not None,
+    )
+
+
 def _open_weight_sync(
     config: SodConfig,
     student: Student,
     endpoints: Endpoints | None,
     watch: EngineWatch | None,
+    sleep: EngineSleep | None,
     stack: ExitStack,
 ) -> WeightSync:
     assert config.serving is not None
@@ -162,4 +180,5 @@ def _open_weight_sync(
         group=student.layout.world_group,
         teacher_follows=config.averages_weights,
         groups=groups,
+        sleep=sleep,
     )

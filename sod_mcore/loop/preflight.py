@@ -39,6 +39,7 @@ from sod_mcore.rollout.teacher import teacher_model
 from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
 from sod_mcore.serving.fleet_state import wait_for_restarts
 from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.placement import check_engines_can_sleep, check_placement
 from sod_mcore.serving.tensor_check import engine_shapes
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import weight_versions
@@ -118,6 +119,7 @@ def check_settings(config: SodConfig) -> None:
         raise ConfigError("serving is missing; configure the engines, or give run.replay")
     _check_signal(algorithm)
     _check_staleness(config)
+    check_placement(config)
     check_teacher_settings(config)
     tool_schemas(config.tools)
     choose_sandbox_url(config.tools.sandbox_url)
@@ -197,6 +199,7 @@ def check_engines(config: SodConfig, prompts: RunPrompts) -> Endpoints:
     """Engines that answer, with room for the longest trajectory."""
     endpoints = live_endpoints(config)
     _check_served_models(endpoints, config, prompts)
+    check_engines_can_sleep(config, endpoints, REACHABLE_TIMEOUT_SECONDS)
     if config.serving is not None and config.serving.weight_sync != "disk":
         engine_shapes(endpoints.model("student"))
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens

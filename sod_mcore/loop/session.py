@@ -117,8 +117,17 @@ class Session:
                 batch = self.on_rank_zero(collect, self._rollout_timeout)
             self._leave_if_stopped()
             if batch is not None:
+                self._let_engines_sleep()
                 return batch
             self.publish_weights(step)  # an engine was started again and waits for them
+
+    def _let_engines_sleep(self) -> None:
+        """Their GPUs are the trainer's until the next weights are published."""
+        if self._weights is None or not self.config.is_colocated:
+            return
+        with self._timed("engine_sleep"):
+            self._weights.let_engines_sleep()
+        self._leave_if_stopped()
 
     def old_logprobs(self, batch: RecordedBatch, plan: Plan) -> list[NDArray[np.float32]]:
         """The student's log-probs at the start of the step; meaningful on rank 0 only.

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
@@ -29,11 +30,13 @@ from sod_mcore.serving.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.fleet import Endpoints
 from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.kept_groups import KeptGroups
+from sod_mcore.serving.sleep import EngineSleep
 from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError
 from sod_mcore.serving.weights import probe_logprobs, update_weights
 from sod_mcore.student.conversion.export import NamedTensors
 from sod_mcore.student.examples import TrainingExample
+from sod_mcore.student.exchange import wait_for_all
 from sod_mcore.student.rank_zero import on_rank_zero
 from sod_mcore.student.student import Student
 
@@ -95,6 +98,8 @@ class WeightSync:
             confirmed: the trainer has no model with the average to score the probe.
         groups: process groups with the engines; None on ranks other than 0, and where
             ``serving.weight_sync`` needs none.
+        sleep: puts colocated engines to sleep and wakes them; None on ranks other than 0, and where
+            engines have GPUs of their own.
     """
 
     student: Student
@@ -107,6 +112,7 @@ class WeightSync:
     group: dist.ProcessGroup
     teacher_follows: bool = False
     groups: KeptGroups | None = None
+    sleep: EngineSleep | None = None
 
     def publish(self, version: int) -> float | None:
         """Send the current weights as ``version``.
@@ -121,10 +127,47 @@ class WeightSync:
             FleetError: no engine was there in time.
         """
         ours = self._trainer_logprobs()
+        if self._is_colocated:
+            self._give_memory_back()
         difference = self._send(version, averaged=False, probe=ours)
         if difference is not None and self.teacher_follows:
             self._send(version, averaged=True, probe=None)
+        if self._is_colocated:
+            self._wake_others()
         return difference
+
+    def let_engines_sleep(self) -> None:
+        """Take the GPUs of colocated engines; they wake when weights are published.
+
+        Raises:
+            FleetError: an engine keeps its memory.
+        """
+
+        def sleep() -> None:
+            assert self.sleep is not None
+            self.sleep.sleep()
+
+        timeout = self.serving.restart_timeout_seconds + 3 * self.serving.request_timeout_seconds
+        on_rank_zero(sleep, self.group, timedelta(seconds=timeout))
+
+    @property
+    def _is_colocated(self) -> bool:
+        return self.serving.placement == "colocated"
+
+    def _give_memory_back(self) -> None:
+        """What every rank's allocator keeps in reserve is not free for the engines."""
+        torch.cuda.empty_cache()
+        wait_for_all(self.group)
+        if self.sleep is not None:
+            self.sleep.end_training()
+
+    def _wake_others(self) -> None:
+        def wake() -> None:
+            assert self.sleep is not None
+            self.sleep.wake_others()
+
+        timeout = 4 * self.serving.request_timeout_seconds
+        on_rank_zero(wake, self.group, timedelta(seconds=timeout))
 
     def _send(
         self, version: int, *, averaged: bool, probe: NDArray[np.float32] | None
@@ -200,6 +243,7 @@ class WeightSync:
         models = self.serving.models.values()
         engines = max(len(model.addresses) or model.engines for model in models)
         answers = 5 + 2 * engines if self.serving.weight_sync == "disk" else 7 + 4 * engines
+        answers += 2 if self._is_colocated else 0  # weights' memory, then the cache's
         return timedelta(seconds=self.serving.request_timeout_seconds * answers)
 
     @property
@@ -227,6 +271,7 @@ class WeightSync:
                 # A teacher's scores of one trajectory must all be of the same weights.
                 running_requests="retract" if update.averaged else requests_in_flight,
                 follows_student=self.teacher_follows,
+                sleep=self.sleep,
             )
             if update.probe is None:
                 return _Sent()

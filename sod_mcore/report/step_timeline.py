@@ -49,6 +49,10 @@ class StepTimeline:
         with self._phases.span(name):
             yield
 
+    def note(self, span: Span) -> None:
+        """Take a phase that was timed elsewhere; in lane 1, one of the engines."""
+        self._phases.add(span)
+
     def end_step(self, step: int, num_trajectories: int) -> dict[str, float]:
         """The metrics of the step that ends now (``time/...``, ``timeline/...``); the next begins.
 

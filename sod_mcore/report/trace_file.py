@@ -34,13 +34,14 @@ def write_trace(path: Path, trainer: Spans, pool: Sequence[Spans], origin: float
 
     Args:
         path: the file; its folder is made if missing.
-        trainer: the step and its phases, in lane 0.
+        trainer: the step and its phases in lane 0, and what the engines do meanwhile in lane 1.
         pool: spans of the rollout pool, batch by batch, in its lanes.
         origin: seconds of the clock that become time 0; no span starts before.
     """
     pool_spans = [span for spans in pool for span in spans]
+    with_engines = any(span.lane == 1 for span in trainer)
     events = [
-        *_names(TRAINER, "trainer", {0: "rank 0"}),
+        *_names(TRAINER, "trainer", {0: "rank 0"} | ({1: "engines"} if with_engines else {})),
         *_names(ROLLOUT, "rollout", {n: f"lane {n}" for n in sorted({s.lane for s in pool_spans})}),
         *_events(TRAINER, trainer, origin),
         *_events(ROLLOUT, pool_spans, origin),

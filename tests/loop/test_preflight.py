@@ -166,6 +166,43 @@ def test_a_teacher_that_would_change_while_it_scores_ahead(tree: dict[str, Any])
     assert "set teacher.weights=served, or rollout.max_staleness=0" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rollout": {"max_staleness": 1}}, "rollout.max_staleness is 1: engines cannot sample"),
+        ({"serving__student__max_total_tokens": None}, "serving.student.max_total_tokens is null"),
+        (
+            {"serving__teacher__addresses": ["http://a:1"]},
+            "serving.teacher.addresses is ['http://a:1']: only engines that this fleet starts",
+        ),
+        (
+            {"serving__weight_sync": "distributed", "serving__device": "cuda"},
+            "serving.weight_sync is distributed: NCCL takes no two ranks on one GPU",
+        ),
+    ],
+)
+def test_engines_that_cannot_sleep(
+    tree: dict[str, Any], changes: dict[str, Any], expected: str
+) -> None:
+    tree["algorithm"] |= {"tis_cap": 2.0}
+    tree["serving"]["placement"] = "colocated"
+    for name in ("student", "teacher"):
+        tree["serving"][name]["max_total_tokens"] = 1000
+    assert "python -m sod_mcore.serving" in problem(tree), "all is well but for the engines"
+    found = problem(tree, **changes)
+    assert found.startswith(f"serving.placement is colocated, but {expected}")
+    assert "serving.placement=split" in found or "give a number of tokens" in found
+    tree["serving"]["placement"] = "split"
+    assert "python -m sod_mcore.serving" in problem(tree)
+
+
+def test_a_broadcast_to_engines_on_a_cpu(tree: dict[str, Any]) -> None:
+    tree["serving"] |= {"placement": "colocated", "weight_sync": "distributed", "device": "cpu"}
+    for name in ("student", "teacher"):
+        tree["serving"][name]["max_total_tokens"] = 1000
+    assert "python -m sod_mcore.serving" in problem(tree)
+
+
 def test_a_temperature_that_the_teacher_cannot_score(tree: dict[str, Any]) -> None:
     assert "rollout.temperature is 0.7" in problem(tree, rollout={"temperature": 0.7})
 

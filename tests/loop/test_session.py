@@ -53,6 +53,9 @@ class Story:
         self.told.append(f"published {version}")
         return 0.0
 
+    def let_engines_sleep(self) -> None:
+        self.told.append("asleep")
+
     def is_weightless(self) -> bool:
         return False
 
@@ -71,8 +74,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def session_of(story: Story, folder: Path) -> Session:
+def session_of(story: Story, folder: Path, placement: str | None = None) -> Session:
+    serving = {"student": {"model_path": "student"}, "placement": placement}
     tree = {
+        **({"serving": serving} if placement else {}),
         "run": {"directory": str(folder), "steps": 10},
         "student": {"model_path": "student"},
         "data": {"train": "train.parquet"},
@@ -94,6 +99,15 @@ def test_weights_are_sent_until_the_batch_is_there(tmp_path: Path) -> None:
     assert batch.step == STEP
     again = ["interrupted", f"published {STEP}"]
     assert story.told == [*again, *again, f"batch {STEP}"]
+
+
+@pytest.mark.parametrize("placement", ["split", "colocated"])
+def test_engines_sleep_once_the_whole_batch_is_there(tmp_path: Path, placement: str) -> None:
+    """And not while it is still played, with an engine that waits for its weights."""
+    story = Story(interruptions=1)
+    session_of(story, tmp_path, placement).collect_trajectories(STEP)
+    asleep = ["asleep"] if placement == "colocated" else []
+    assert story.told == ["interrupted", f"published {STEP}", f"batch {STEP}", *asleep]
 
 
 def test_a_stop_is_told_from_an_engine_without_weights(tmp_path: Path) -> None:

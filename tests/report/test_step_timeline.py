@@ -170,6 +170,29 @@ def test_phases_may_nest_and_belong_to_one_step(tmp_path: Path) -> None:
     assert sorted(names(trainer)) == ["checkpoint", "step 2", "trace", "updates"]
 
 
+def test_sleeping_engines_have_a_row_of_their_own(tmp_path: Path) -> None:
+    """Their sleep ends within a phase of rank 0, which one row could not show."""
+    clock = Clock()
+    timeline = StepTimeline(tmp_path, trace_every=1, clock=clock)
+    with timeline.phase("updates"):
+        clock.now += 4
+    with timeline.phase("weight_sync"):
+        clock.now += 1
+        timeline.note(Span("engines_asleep", 1000.0, 1005.0, lane=1))
+        clock.now += 2
+        timeline.note(Span("engine_wake", 1005.0, 1006.0))
+    metrics = timeline.end_step(1, 0)
+    assert metrics["time/engines_asleep"] == 5.0
+    assert metrics["time/engine_wake"] == 1.0
+    events = trace(tmp_path / "timeline" / "step_000001.json")
+    for row in check_events(events).values():
+        assert_nested(row)
+    assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == [
+        "rank 0",
+        "engines",
+    ]
+
+
 @pytest.mark.parametrize(("every", "written"), [(0, []), (1, [1, 2, 3, 4, 5, 6]), (3, [3, 6])])
 def test_traces_are_written_every_so_many_steps(
     tmp_path: Path, every: int, written: list[int]
