@@ -44,6 +44,11 @@ def place(config: SodConfig, request: Request) -> Placement:
         ConfigError: they do not fit; one line with the mend.
     """
     with_engines = config.run.replay is None
+    if with_engines and config.is_colocated:
+        raise ConfigError(
+            "serving.placement is colocated; these templates give ranks and engines GPUs of their "
+            "own: set serving.placement=split, or write the job yourself"
+        )
     if with_engines and config.serving is None:
         raise ConfigError("serving is missing; configure the engines, or give run.replay")
     if not with_engines and request.template == "engine_nodes":
