@@ -25,7 +25,7 @@ from sod_mcore.serving.messages import Generation, SamplingSettings
 from sod_mcore.serving.tensor_check import Bucket
 from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightTransfer
-from sod_mcore.serving.weights import RunningRequests, update_weights
+from sod_mcore.serving.weights import RunningRequests, SleepingEngines, update_weights
 
 TIMEOUT = 120.0
 WAYS = ("disk", "tensor", "distributed")
@@ -76,13 +76,14 @@ def update(
     folder: Path,
     version: int,
     running_requests: RunningRequests = "retract",
+    sleep: SleepingEngines | None = None,
 ) -> None:
     """The folder's weights to the student; as tensors, in buckets of five."""
     if way == "disk":
-        _send(endpoints, DiskTransfer(folder), version, running_requests)
+        _send(endpoints, DiskTransfer(folder), version, running_requests, sleep)
         return
     with tensor_transfer(way, endpoints, buckets_of(folder)) as transfer:
-        _send(endpoints, transfer, version, running_requests)
+        _send(endpoints, transfer, version, running_requests, sleep)
 
 
 @contextmanager
@@ -123,6 +124,12 @@ def spliced_logprobs(old: Path, new: Path, token_ids: list[int], first: int) -> 
 
 
 def _send(
-    endpoints: Endpoints, transfer: WeightTransfer, version: int, running: RunningRequests
+    endpoints: Endpoints,
+    transfer: WeightTransfer,
+    version: int,
+    running: RunningRequests,
+    sleep: SleepingEngines | None,
 ) -> None:
-    update_weights(endpoints, "student", transfer, version, TIMEOUT, running_requests=running)
+    update_weights(
+        *(endpoints, "student", transfer, version, TIMEOUT), running_requests=running, sleep=sleep
+    )

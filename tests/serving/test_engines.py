@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import signal
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
@@ -20,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sod_mcore.config import EngineConfig, ServingConfig
 from sod_mcore.serving import weights
 from sod_mcore.serving.client import EngineClient
 from sod_mcore.serving.disk_transfer import DiskTransfer
@@ -30,6 +33,7 @@ from sod_mcore.serving.json_http import EngineError
 from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.serving.messages import SamplingSettings
 from sod_mcore.serving.scoring import Scores, score
+from sod_mcore.serving.sleep import EngineSleep
 from sod_mcore.serving.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weight_transfer import WeightUpdateError
 from sod_mcore.serving.weights import RunningRequests
@@ -412,6 +416,43 @@ def test_a_paused_engine_tells_that_it_lives(live_fleet: LiveFleet) -> None:
                 await client.post(f"{url}/continue_generation", {})
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("running_requests", ["retract", "in_place"])
+def test_sleeping_engines_wake_with_new_weights(
+    live_fleet: LiveFleet, way: str, running_requests: RunningRequests
+) -> None:
+    """On a CPU no memory is released, but a wrong order ends these engines as well. A request that
+    comes meanwhile waits, and is answered by the weights that the engines wake with."""
+    endpoints, ids = live_fleet.endpoints, random_ids(40, seed=21)
+    teacher = score_once(endpoints, "teacher", ids, 1).logprobs
+    settings = ServingConfig(student=EngineConfig(model_path=""), placement="colocated")
+    sleep = EngineSleep(endpoints, settings, live_fleet.directory)
+    before = weights.weight_versions(endpoints, "student", TIMEOUT)[0]
+    folders = (live_fleet.other_student, live_fleet.student)
+    with ThreadPoolExecutor(1) as executor:
+        for version, folder in enumerate(folders, start=before + 1):
+            sleep.sleep()
+            request = executor.submit(generate, endpoints, ids, temperature=0.0)
+            for model in endpoints.models.values():
+                for url in model.engines:
+                    with urllib.request.urlopen(f"{url}/server_info", timeout=20) as answer:
+                        assert answer.status == 200, "the fleet's sign of life"
+            assert not request.done()
+            sleep.end_training()
+            update(way, endpoints, folder, version, running_requests, sleep)
+            sleep.wake_others()
+            sampled = request.result(timeout=60)
+            assert set(sampled.weight_versions) == {version}
+            whole = ids + sampled.token_ids.tolist()
+            expected = reference_logprobs(folder, whole)[len(ids) :]
+            assert (expected.argmax(axis=1) == sampled.token_ids).all()
+            assert (generate(endpoints, ids, temperature=0.0).token_ids == sampled.token_ids).all()
+            again = score_once(endpoints, "teacher", ids, 1).logprobs
+            np.testing.assert_allclose(again[1:], teacher[1:], atol=TOLERANCE)
+    restarts = {server.restarts for server in read_fleet_state(live_fleet.directory).servers}
+    assert restarts == {0}
 
 
 def test_an_engine_and_a_router_that_are_killed_come_back(live_fleet: LiveFleet) -> None:
