@@ -44,6 +44,7 @@ class ScriptedEngines:
         dying: index of the engine that ends when it has ``accepted_buckets`` and gets another one.
         stuck: index of the engine that stands still then.
         sleepless: index of the engine that refuses to release its memory.
+        cacheless: index of the engine that does not get its cache back.
         notes_questions: whether questions for the version and requests are written down as well.
         released: the memory that each engine has not got.
         are_paused: which engines stand still.
@@ -67,6 +68,7 @@ class ScriptedEngines:
     dying: int | None = None
     stuck: int | None = None
     sleepless: int | None = None
+    cacheless: int | None = None
     notes_questions: bool = False
     released: list[set[str]] = field(default_factory=lambda: [set(), set()])
     are_paused: list[bool] = field(default_factory=lambda: [False, False])
@@ -107,6 +109,8 @@ class ScriptedEngines:
 
         async def resume(request: web.Request) -> web.Response:
             tags = (await request.json())["tags"]
+            if self.cacheless == index and "kv_cache" in tags:
+                return _refusal("out of memory")
             if not self.released[index].issuperset(tags):
                 return self._die(index, request)
             self.released[index].difference_update(tags)

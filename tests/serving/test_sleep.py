@@ -245,6 +245,18 @@ def test_an_update_that_fails_half_way_is_mended_by_the_next(fleet: Fleet) -> No
     ]
 
 
+def test_a_teacher_that_does_not_wake(fleet: Fleet) -> None:
+    fleet.sleep.sleep()
+    fleet.engines.cacheless = TEACHER
+    with pytest.raises(FleetError) as found:
+        fleet.wake(1)
+    expected = f"teacher: {fleet.urls[TEACHER]} does not take its memory back"
+    assert str(found.value).startswith(expected)
+    fleet.engines.cacheless = None
+    fleet.sleep.close()
+    assert fleet.calls(TEACHER)[-3:] == ["resume weights", "resume kv_cache", "continue"]
+
+
 @pytest.mark.parametrize("is_half_awake", [False, True])
 def test_the_end_of_a_run_leaves_the_fleet_awake(fleet: Fleet, is_half_awake: bool) -> None:
     """Asked to stop, or failed, while the engines sleep: they are as after their start."""
