@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ class _Sleeper:
     Attributes:
         model: that it serves.
         incarnation: which process of the fleet it is.
-        released: the memory that it has not got back.
+        released: the memory that it has not got back; with none it still stands still.
     """
 
     model: str
@@ -124,14 +124,12 @@ class EngineSleep:
         """
         sleeping = set(self._sleeping()) & set(engines)
         waiting = [url for url in sleeping if tag in self._asleep[url].released]
-        if not waiting:
-            return
-        with self._waking():
-            resumed = (self._resume(client, url, tag) for url in waiting)
-            results = await asyncio.gather(*resumed, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        if waiting:
+            with self._waking():
+                await _to_all(self._resume(client, url, tag) for url in waiting)
+        for url in sleeping:  # those too that got it in a try which another one failed
+            if not self._asleep[url].released:
+                self._is_awake(url)
 
     def wake_others(self) -> None:
         """Wake the engines of models that got no weights: they have their own again.
@@ -153,18 +151,24 @@ class EngineSleep:
                 again what is still asleep when this process ends.
         """
         self.end_training()
-        self.wake_others()
-        students = self._sleeping(lambda model: model == TRAINED_MODEL)
-        if students:
-            served = replace(self._endpoints.model(TRAINED_MODEL), engines=students)
-            update_weights(
-                replace(self._endpoints, models={TRAINED_MODEL: served}),
-                TRAINED_MODEL,
-                DiskTransfer(Path(served.model_path)),
-                0,
-                self._serving.request_timeout_seconds,
-                sleep=self,
-            )
+        try:
+            self.wake_others()
+        finally:
+            self._wake_student()
+
+    def _wake_student(self) -> None:
+        engines = self._sleeping(lambda model: model == TRAINED_MODEL)
+        if not engines:
+            return
+        served = replace(self._endpoints.model(TRAINED_MODEL), engines=engines)
+        update_weights(
+            replace(self._endpoints, models={TRAINED_MODEL: served}),
+            TRAINED_MODEL,
+            DiskTransfer(Path(served.model_path)),
+            0,
+            self._serving.request_timeout_seconds,
+            sleep=self,
+        )
 
     def _wait_for_all(self) -> dict[str, _Sleeper] | None:
         """Every engine, as one that is about to sleep; None if the run is to stop before."""
@@ -192,7 +196,7 @@ class EngineSleep:
 
     async def _release_all(self, engines: Sequence[str]) -> None:
         async with self._client() as client:
-            await asyncio.gather(*(self._release(client, url) for url in engines))
+            await _to_all(self._release(client, url) for url in engines)
 
     async def _release(self, client: EngineClient, url: str) -> None:
         model = self._asleep[url].model
@@ -205,6 +209,8 @@ class EngineSleep:
             if self._has_died(error):
                 self._is_awake(url)
                 return
+            if error.status is not None:
+                self._asleep[url].released.clear()
             raise FleetError(
                 f"{model}: {url} does not release its memory, which the trainer needs "
                 f"(serving.placement=colocated): {error}"
@@ -212,7 +218,7 @@ class EngineSleep:
 
     async def _wake_whole_models(self, engines: Sequence[str]) -> None:
         async with self._client() as client:
-            await asyncio.gather(*(self._wake_whole(client, url) for url in engines))
+            await _to_all(self._wake_whole(client, url) for url in engines)
 
     async def _wake_whole(self, client: EngineClient, url: str) -> None:
         model = self._asleep[url].model
@@ -222,10 +228,11 @@ class EngineSleep:
             await self._resume(client, url, KV_CACHE)
             await client.post(f"{url}/continue_generation", {})
         except EngineError as error:
-            if self._has_died(error):
-                self._is_awake(url)
-                return
-            raise FleetError(f"{model}: {url} does not take its memory back: {error}") from error
+            if not self._has_died(error):
+                raise FleetError(
+                    f"{model}: {url} does not take its memory back: {error}"
+                ) from error
+        self._is_awake(url)
 
     async def _resume(self, client: EngineClient, url: str, tag: MemoryTag) -> None:
         """Give it back unless it is there, which would end the engine."""
@@ -234,8 +241,6 @@ class EngineSleep:
             return
         await client.post(f"{url}/resume_memory_occupation", {"tags": [tag]})
         released.remove(tag)
-        if not released:
-            self._is_awake(url)
 
     def _sleeping(self, is_meant: Callable[[str], bool] = lambda model: True) -> tuple[str, ...]:
         """Base URLs of the sleeping engines of the models that ``is_meant`` picks by name."""
@@ -288,3 +293,10 @@ class EngineSleep:
     def _client(self) -> EngineClient:
         timeout = self._serving.request_timeout_seconds
         return EngineClient(self._endpoints, request_timeout_seconds=timeout, keep_alive=False)
+
+
+async def _to_all(calls: Iterable[Awaitable[None]]) -> None:
+    """Await all, to the end of each; then raise the first error."""
+    for result in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result

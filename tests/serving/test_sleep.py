@@ -211,6 +211,10 @@ def test_an_engine_that_refuses_to_sleep(fleet: Fleet) -> None:
     assert f"teacher: {fleet.urls[TEACHER]} does not release its memory" in message
     assert "serving.placement=colocated" in message
     assert "no memory saver" in message
+    fleet.sleep.close()
+    assert fleet.engines.released == [set(), set()]
+    assert fleet.engines.are_paused == [False, False]
+    assert fleet.calls(TEACHER) == ["pause", "continue"]
 
 
 def test_an_engine_that_dies_when_it_is_to_sleep(fleet: Fleet) -> None:
@@ -255,6 +259,27 @@ def test_a_teacher_that_does_not_wake(fleet: Fleet) -> None:
     fleet.engines.cacheless = None
     fleet.sleep.close()
     assert fleet.calls(TEACHER)[-3:] == ["resume weights", "resume kv_cache", "continue"]
+
+
+def test_one_of_two_engines_that_wake_fails(fleet: Fleet) -> None:
+    """The next try, as after a death, finds the other one awake but for its requests."""
+    first, second = fleet.urls
+    both = ModelEndpoints("student", first, (first, second), str(fleet.directory / "model"), 64, 9)
+    endpoints = Endpoints("http://127.0.0.1:9", {"student": both}, 1, 1, "elsewhere")
+    fleet.states.record("teacher_engine_0", "student", "engine", second, "ready", 0)
+    serving = ServingConfig(student=EngineConfig(model_path=""), placement="colocated")
+    sleep = EngineSleep(endpoints, serving, fleet.directory)
+    transfer = DiskTransfer(fleet.directory / "model")
+    sleep.sleep()
+    sleep.end_training()
+    fleet.engines.cacheless = 1
+    with pytest.raises(WeightUpdateError, match="out of memory"):
+        update_weights(endpoints, "student", transfer, 1, 10, sleep=sleep)
+    fleet.engines.cacheless = None
+    update_weights(endpoints, "student", transfer, 1, 10, sleep=sleep)
+    assert fleet.engines.released == [set(), set()]
+    assert fleet.engines.are_paused == [False, False]
+    assert read_sleep(fleet.directory) is None
 
 
 @pytest.mark.parametrize("is_half_awake", [False, True])

@@ -1,0 +1,105 @@
+"""What the weight sync asks of colocated engines, and when the trainer gives its memory back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.numpy import save_file
+
+from sod_mcore.config import EngineConfig, ServingConfig
+from sod_mcore.loop.engine_watch import EngineWatch
+from sod_mcore.loop.weight_sync import PROBE_TOKENS, WeightSync, probe_token_ids
+from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+from sod_mcore.serving.fleet_state import FleetStateFile
+from sod_mcore.serving.sleep import EngineSleep
+from tests.serving.scripted_engines import ScriptedEngines, running_engines
+
+STUDENT, TEACHER = 0, 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of one rank."""
+    store = tmp_path_factory.mktemp("world") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file({"weight": np.ones(3, np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def weight_sync(engines: ScriptedEngines, model: Path, teacher_follows: bool) -> WeightSync:
+    directory, states = model.parent, FleetStateFile(model.parent)
+    models = {}
+    for name, url in zip(("student", "teacher"), engines.urls, strict=True):
+        states.record(f"{name}_engine_0", name, "engine", url, "ready", 0)
+        models[name] = ModelEndpoints(name, url, (url,), str(model), 512, 100)
+    endpoints = Endpoints("http://127.0.0.1:9", models, 1, 1, "elsewhere")
+    serving = ServingConfig(student=EngineConfig(model_path=str(model)), placement="colocated")
+
+    def export_hf(folder: Path, **options: Any) -> None:
+        shutil.copytree(model, folder, dirs_exist_ok=True)
+
+    student = SimpleNamespace(
+        layout=SimpleNamespace(rank=0, data_parallel_rank=0),
+        # As the scripted engines score.
+        compute_logprobs=lambda batches: [np.full(PROBE_TOKENS, -1.0, np.float32)],
+        export_hf=export_hf,
+    )
+    return WeightSync(
+        student=cast(Any, student),
+        endpoints=endpoints,
+        watch=EngineWatch(directory, 0.0),
+        serving=serving,
+        tolerance=1e-3,
+        directory=directory / "weights",
+        probe_ids=probe_token_ids(100),
+        group=dist.group.WORLD,  # type: ignore[arg-type]
+        teacher_follows=teacher_follows,
+        sleep=EngineSleep(endpoints, serving, directory),
+    )
+
+
+@pytest.mark.parametrize("teacher_follows", [False, True])
+def test_the_memory_is_given_back_before_an_engine_takes_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, teacher_follows: bool
+) -> None:
+    with running_engines(ScriptedEngines(notes_questions=True)) as engines:
+        sync = weight_sync(engines, model, teacher_follows)
+        sync.publish(0)  # the first one: they are awake
+        assert "resume weights" not in engines.call_names()
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: engines.calls.append((9, "emptied")))
+        for version in (1, 2):
+            engines.calls.clear()
+            sync.let_engines_sleep()
+            assert engines.released == [{"kv_cache", "weights"}] * 2
+            assert sync.publish(version) == 0.0
+            names = engines.call_names()
+            assert names.count("emptied") == 1
+            resumed = [n for n, name in enumerate(names) if name.startswith("resume")]
+            assert names.index("emptied") < min(resumed)
+            update = ["pause", "resume weights", "update and flush", "version", "resume kv_cache"]
+            fall_asleep = ["pause", "release kv_cache weights"]
+            # The teacher's engine takes part in no probe.
+            student = [*fall_asleep, *update, "continue", "generate"]
+            assert engines.calls_of(STUDENT)[-len(student) :] == student
+            own = update if teacher_follows else ["resume weights", "resume kv_cache"]
+            assert engines.calls_of(TEACHER) == [*fall_asleep, *own, "continue"]
+            assert names.index("generate") < len(names) - 1, "the teacher wakes last"
+        expected = "2" if teacher_follows else "default"
+        assert engines.versions == ["2", expected]
