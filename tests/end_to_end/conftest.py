@@ -109,3 +109,16 @@ def configuration(folder: Path, student: Path) -> dict[str, Any]:
             "teacher": {"model_path": str(TEACHER), **engine},
         },
     }
+
+
+def colocated_configuration(folder: Path) -> dict[str, Any]:
+    """A shorter run, on engines that sleep while it trains; ``folder`` tells their addresses."""
+    (folder / "data").mkdir()
+    write_data(folder / "data", load_config(ArithmeticSettings, RECIPE, SMALL_DATA).data)
+    tree = configuration(folder, noisy_student(folder / "student"))
+    tree["algorithm"] |= {"prompts_per_step": 4, "topk": {"k": 0}}
+    tree["serving"] |= {"directory": str(folder), "placement": "colocated"}
+    tree["report"] = {"wandb": "disabled"}
+    for name in ("student", "teacher"):
+        tree["serving"][name]["max_total_tokens"] = 16384
+    return tree

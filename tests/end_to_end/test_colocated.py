@@ -12,12 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.arithmetic.command_line import RECIPE
-from examples.arithmetic.make_data import write_data
-from examples.arithmetic.settings import ArithmeticSettings
-from sod_mcore.config_file import load_config
 from sod_mcore.trajectory import RecordedBatch, recorded_batch_path
-from tests.end_to_end.conftest import SMALL_DATA, configuration, noisy_student
+from tests.end_to_end.conftest import colocated_configuration
 from tests.end_to_end.programs import metrics, run, torchrun, write_config
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -46,15 +42,9 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("colocated")
-    (folder / "data").mkdir()
-    write_data(folder / "data", load_config(ArithmeticSettings, RECIPE, SMALL_DATA).data)
-    tree = configuration(folder, noisy_student(folder / "student"))
-    tree["algorithm"] |= {"prompts_per_step": 4, "topk": {"k": 0}}
+    tree = colocated_configuration(folder)
     tree["rollout"] |= {"top_p": ONE_TOKEN}
-    tree["serving"]["directory"] = str(folder)
-    tree["report"] = {"wandb": "disabled", "trace_every": 1}
-    for name in ("student", "teacher"):
-        tree["serving"][name]["max_total_tokens"] = 16384
+    tree["report"]["trace_every"] = 1
     commands = []
     for placement in PLACEMENTS:
         tree["run"] = {"directory": str(folder / placement), "steps": STEPS, "save_every": 0}
