@@ -30,6 +30,11 @@ def check_placement(config: SodConfig) -> None:
             f"{COLOCATED}, but rollout.max_staleness is {staleness}: engines cannot sample while "
             "they sleep; set rollout.max_staleness=0, or serving.placement=split"
         )
+    if serving.engines_on == "ray":
+        raise ConfigError(
+            f"{COLOCATED}, but serving.engines_on is ray, which reserves GPUs for the engines "
+            "alone; set serving.engines_on=local, or serving.placement=split"
+        )
     if serving.weight_sync == "distributed" and resolve_device(serving.device) == "cuda":
         raise ConfigError(
             f"{COLOCATED}, but serving.weight_sync is distributed: NCCL takes no two ranks on one "

@@ -175,6 +175,7 @@ def test_a_teacher_that_would_change_while_it_scores_ahead(tree: dict[str, Any])
             {"serving__teacher__addresses": ["http://a:1"]},
             "serving.teacher.addresses is ['http://a:1']: only engines that this fleet starts",
         ),
+        ({"serving__engines_on": "ray"}, "serving.engines_on is ray, which reserves GPUs"),
         (
             {"serving__weight_sync": "distributed", "serving__device": "cuda"},
             "serving.weight_sync is distributed: NCCL takes no two ranks on one GPU",

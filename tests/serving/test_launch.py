@@ -121,7 +121,8 @@ def test_engines_that_sleep(
     config = EngineConfig(model_path=str(tmp_path))
     serving = ServingConfig(student=config, placement=placement)
     place = EnginePlace(name, 0, device)
-    arguments = launch.engine_command(serving, config, folder(tmp_path), place, 1)
+    address = launch.Address("127.0.0.1", 1)
+    arguments = launch.engine_command(serving, config, folder(tmp_path), place, address)
     flags = [a for a in arguments if a.startswith("--enable")]
     assert flags == expected
 
