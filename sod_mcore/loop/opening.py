@@ -18,13 +18,13 @@ from sod_mcore.loop.ending import Ending
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.reporting import Reporter
 from sod_mcore.loop.run_prompts import RunPrompts
-from sod_mcore.loop.session import Session
+from sod_mcore.loop.session import Rollouts, Session
 from sod_mcore.loop.stop import StopRequest
 from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource, TrajectorySource
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
 from sod_mcore.report.step_timeline import StepTimeline
 from sod_mcore.rollout.open_pool import open_pool
-from sod_mcore.rollout.pool import PoolSettings, RolloutPool
+from sod_mcore.rollout.pool import PoolSettings
 from sod_mcore.serving.fleet import Endpoints, read_endpoints
 from sod_mcore.serving.kept_groups import KeptGroups
 from sod_mcore.serving.sleep import EngineSleep
@@ -63,7 +63,9 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
         on_overdue=ending.record_forced_end,
     )
     ending.begin(stop)
-    watch = _open_watch(config, stop) if endpoints is not None else None
+    rollouts = None
+    if pool is not None:
+        rollouts = Rollouts(pool, _open_watch(config, stop), tuple(prompts.evaluation))
     sleep = None
     if config.is_colocated and endpoints is not None:
         sleep = stack.enter_context(closing(_open_sleep(config, endpoints, timeline, stop)))
@@ -71,11 +73,9 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
         config,
         student,
         first_step,
-        _open_source(config, prompts, pool, watch, reporter, stop) if is_rank_zero else None,
-        pool,
-        watch,
-        _open_weight_sync(config, student, endpoints, watch, sleep, stack) if is_live else None,
-        prompts.evaluation,
+        _open_source(config, prompts, rollouts, reporter, stop) if is_rank_zero else None,
+        rollouts,
+        _open_weight_sync(config, student, endpoints, rollouts, sleep, stack) if is_live else None,
         reporter,
         stop,
         ending,
@@ -120,18 +120,16 @@ def _open_student(config: SodConfig) -> tuple[Student, int]:
 def _open_source(
     config: SodConfig,
     prompts: RunPrompts,
-    pool: RolloutPool | None,
-    watch: EngineWatch | None,
+    rollouts: Rollouts | None,
     reporter: Reporter | None,
     stop: StopRequest,
 ) -> TrajectorySource:
     if config.run.replay is not None:
         return ReplaySource(Path(config.run.replay))
-    assert pool is not None
+    assert rollouts is not None
     source = PromptSource(prompts.train, config.run.seed)
     on_progress = reporter.rollout_progress if reporter is not None else None
-    assert watch is not None
-    return LiveSource(pool, source, config, stop, watch, on_progress)
+    return LiveSource(rollouts.pool, source, config, stop, rollouts.watch, on_progress)
 
 
 def _open_watch(config: SodConfig, stop: StopRequest) -> EngineWatch:
@@ -160,7 +158,7 @@ def _open_weight_sync(
     config: SodConfig,
     student: Student,
     endpoints: Endpoints | None,
-    watch: EngineWatch | None,
+    rollouts: Rollouts | None,
     sleep: EngineSleep | None,
     stack: ExitStack,
 ) -> WeightSync:
@@ -172,7 +170,7 @@ def _open_weight_sync(
     return WeightSync(
         student=student,
         endpoints=endpoints,
-        watch=watch,
+        watch=rollouts.watch if rollouts is not None else None,
         serving=config.serving,
         tolerance=config.probe_tolerance,
         directory=Path(config.run.directory) / "weights",

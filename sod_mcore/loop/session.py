@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -43,8 +44,29 @@ ROLLOUT_MARGIN = timedelta(minutes=5)
 """Beyond the rollout's deadline, so that the deadline's own message is what the user sees."""
 
 
+@dataclass(frozen=True)
+class Rollouts:
+    """The pool that plays, and its engines; global rank 0 of a run that does not replay has one.
+
+    Attributes:
+        watch: tells of engines that wait for their weights.
+        evaluation_prompts: may be empty.
+    """
+
+    pool: RolloutPool
+    watch: EngineWatch
+    evaluation_prompts: tuple[Prompt, ...]
+
+
 class Session:
-    """One rank's view of a run."""
+    """One rank's view of a run.
+
+    Args:
+        source: of trajectories; None on ranks other than 0.
+        rollouts: None on ranks other than 0, and where a recorded run is replayed.
+        weights: None where a recorded run is replayed.
+        reporter: None on ranks other than 0.
+    """
 
     def __init__(
         self,
@@ -52,10 +74,8 @@ class Session:
         student: Student,
         first_step: int,
         source: TrajectorySource | None,
-        pool: RolloutPool | None,
-        watch: EngineWatch | None,
+        rollouts: Rollouts | None,
         weights: WeightSync | None,
-        evaluation_prompts: Sequence[Prompt],
         reporter: Reporter | None,
         stop: StopRequest,
         ending: Ending,
@@ -64,11 +84,9 @@ class Session:
         self.student = student
         self.first_step = first_step
         self._source = source
-        self._pool = pool
-        self._watch = watch
-        self._engine_metrics = EngineMetrics(pool, watch) if pool and watch else None
+        self._rollouts = rollouts
+        self._engine_metrics = EngineMetrics(rollouts.pool, rollouts.watch) if rollouts else None
         self._weights = weights
-        self._evaluation_prompts = tuple(evaluation_prompts)
         self._reporter = reporter
         self._stop = stop
         self._stop_reason: str | None = None
@@ -189,13 +207,12 @@ class Session:
         count = self.config.evaluation.max_prompts if is_between else None
 
         def evaluate_at(temperature: float) -> dict[str, float] | None:
-            assert self._pool is not None
-            assert self._watch is not None
-            watch = self._watch
+            assert self._rollouts is not None
+            watch = self._rollouts.watch
             with suppress(RolloutInterruptedError):
                 result = evaluate_temperature(
-                    self._pool,
-                    first_of_each_file(self._evaluation_prompts, count),
+                    self._rollouts.pool,
+                    first_of_each_file(self._rollouts.evaluation_prompts, count),
                     temperature,
                     self.config.evaluation,
                     self.config.rollout,
@@ -297,9 +314,9 @@ class Session:
     def _end_line(self, completed_steps: int) -> None:
         """Write the metrics, with what the pool has done until now (rank 0)."""
         if self._reporter is not None:
-            if self._pool is not None and self._engine_metrics is not None:
+            if self._rollouts is not None and self._engine_metrics is not None:
                 with suppress(RolloutError):  # whoever needs the pool again will say so
-                    self._pool.hear()
+                    self._rollouts.pool.hear()
                 self._note(self._engine_metrics.since_last_line())
             self._reporter.end_line(completed_steps)
 

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from sod_mcore.config import SodConfig
 from sod_mcore.loop import session as session_module
-from sod_mcore.loop.session import Session
+from sod_mcore.loop.session import Rollouts, Session
 from sod_mcore.loop.stop import StopRequested
 from sod_mcore.rollout.pool import RolloutInterruptedError
 from sod_mcore.trajectory import Prompt, RecordedBatch
@@ -84,12 +84,18 @@ def session_of(story: Story, folder: Path, placement: str | None = None) -> Sess
         "evaluation": {"data": "eval.parquet", "temperatures": [0.0, 1.0]},
     }
     layout = SimpleNamespace(world_group=dist.group.WORLD, data_parallel_size=1)
-    prompts = [Prompt((), "", "s", "eval.parquet/0")]
+    everything = cast(Any, story)
+    prompts = (Prompt((), "", "s", "eval.parquet/0"),)
     return Session(
         TypeAdapter(SodConfig).validate_python(tree),
         cast(Any, SimpleNamespace(layout=layout)),
-        *(0, cast(Any, story), cast(Any, story), cast(Any, story), cast(Any, story)),
-        *(prompts, None, cast(Any, story), cast(Any, None)),
+        first_step=0,
+        source=everything,
+        rollouts=Rollouts(everything, everything, prompts),
+        weights=everything,
+        reporter=None,
+        stop=everything,
+        ending=cast(Any, None),
     )
 
 
