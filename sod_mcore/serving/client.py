@@ -112,7 +112,12 @@ class EngineClient:
         recovery = Recovery(http, self._backoff, self._locate)
         senders = {
             name: Sender(
-                *(name, replicas, http, recovery, self._tallies[name], self._hedge_after_seconds)
+                name,
+                replicas,
+                http,
+                recovery,
+                self._tallies[name],
+                self._hedge_after_seconds,
             )
             for name, replicas in self._replicas.items()
         }
