@@ -3,8 +3,9 @@
 A trajectory that fails for a reason outside the student (an engine, the sandbox, the verifier) is
 tried again from its prompt, then dropped and counted; it never takes the batch down and never
 becomes an observation or a wrong answer. A failing verifier is asked again first, for the same
-trajectory. A trajectory that the teacher cannot score keeps its reward and is marked as unscored by
-NaN. Only a data row that its verifier calls unusable ends the batch: no retry would mend it.
+trajectory, and so is a failing teacher. A trajectory that the teacher cannot score keeps its reward
+and is marked as unscored by NaN. Only a data row that its verifier calls unusable ends the batch:
+no retry would mend it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class BatchServices:
             is unusable.
         score: returns the trajectory with the teacher's scores, and notes when the teacher was
             asked; raises ``scoring_error`` where the teacher's answer is unusable.
-        scoring_error: the exception type of an unusable score.
+        scoring_error: the exception type of an unusable score; after any other the teacher is asked
+            again.
         lanes: rows of the timeline, for all batches that these services work for.
     """
 
@@ -193,12 +195,16 @@ class Group:
     async def _score(self, trajectory: Trajectory, track: Track) -> Trajectory:
         if not self._request.with_teacher:
             return trajectory
-        try:
-            return await self._services.score(self._prompt, trajectory, track)
-        except self._services.scoring_error as error:
-            self._num_unscored += 1
-            self._note_failure(error)
-            return trajectory
+        for _ in range(self._attempts):
+            try:
+                return await self._services.score(self._prompt, trajectory, track)
+            except self._services.scoring_error as error:
+                self._note_failure(error)
+                break  # another try would bring the same
+            except Exception as error:
+                self._note_failure(error)
+        self._num_unscored += 1
+        return trajectory
 
     def _note_failure(self, error: Exception) -> None:
         line = f"{type(error).__name__}: {error}"

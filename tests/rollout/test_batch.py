@@ -46,6 +46,7 @@ class Services:
         self.seconds: dict[str, float] = {}
         self.scoring_seconds = 0.0
         self.scoring_running = 0
+        self.scoring_failures = 0
         self.reward_errors: list[Exception] = []
         self.ended: dict[str, float] = {}
 
@@ -74,6 +75,9 @@ class Services:
             await asyncio.sleep(self.scoring_seconds)
         finally:
             self.scoring_running -= 1
+        if self.scoring_failures > 0:
+            self.scoring_failures -= 1
+            raise ConnectionError("the teacher is gone")
         if trajectory.group_id in self.unscored:
             raise UnusableScoreError("misaligned")
         scores = np.where(trajectory.loss_mask, -0.5, np.nan).astype(np.float32)
@@ -133,6 +137,24 @@ def test_an_unscored_trajectory_keeps_its_reward() -> None:
     assert scored.is_scored
     assert not unscored.is_scored
     assert unscored.reward == 1.0
+
+
+def test_a_failing_teacher_is_asked_again_for_the_same_trajectory() -> None:
+    services = Services()
+    services.scoring_failures = 2
+    result = run(services, request(1, samples=1))
+    assert result.trajectories[0].is_scored
+    assert (result.num_unscored, result.num_retries) == (0, 0)
+    assert result.failures == ("ConnectionError: the teacher is gone",)
+
+
+def test_a_lasting_failure_of_the_teacher_leaves_the_trajectory_unscored() -> None:
+    services = Services()
+    services.scoring_failures = 100
+    result = run(services, request(1, samples=1))
+    assert not result.trajectories[0].is_scored
+    assert (result.num_unscored, result.num_dropped, result.num_retries) == (1, 0, 0)
+    assert services.scoring_failures == 97, "asked three times, for one conversation"
 
 
 def test_a_failing_verifier_is_asked_again_for_the_same_trajectory() -> None:
