@@ -24,7 +24,7 @@ from tests.serving.tiny_models import save_model
 
 __all__ = ["setup"]
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
