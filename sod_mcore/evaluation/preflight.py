@@ -70,7 +70,19 @@ def check_settings(config: EvalConfig) -> None:
             )
     require_wandb(config.report)
     check_pool(config.rollout)
+    _check_one_ray(config)
     _check_model(config)
+
+
+def _check_one_ray(config: EvalConfig) -> None:
+    rollout, serving = config.rollout, config.serving
+    are_both = rollout.pool == "ray" and serving.engines_on == "ray"
+    if are_both and rollout.ray_address != serving.ray_address:
+        raise ConfigError(
+            f"rollout.ray_address is {rollout.ray_address}, but serving.ray_address is "
+            f"{serving.ray_address}: an evaluation is one process, which can use one Ray; give "
+            "the same in both"
+        )
 
 
 def check_prompts(config: EvalConfig, data_sets: Sequence[DataSet]) -> None:

@@ -21,6 +21,7 @@ from sod_mcore.outcome import EXIT_FAILED
 from sod_mcore.platform.early_leave import leave_early
 from sod_mcore.platform.signal_actions import kept_signal_actions
 from sod_mcore.ray_cluster.daemon_threads import call_in_thread
+from sod_mcore.ray_cluster.settings import AUTO
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 CONNECT_SECONDS = 180.0
@@ -114,13 +115,23 @@ def joined_ray(field: str, address: str) -> Iterator[JoinedRay]:
 def connected_to_ray(address: str, cluster: Cluster) -> Iterator[None]:
     """This process as a client of Ray; it leaves Ray alone at the end if that is lost.
 
+    One that is a client of the same cluster already stays one: the fleet of an evaluation and its
+    rollouts are one process.
+
     Raises:
-        RayConnectionError: the connection failed.
+        RayConnectionError: the connection failed, or is another's.
     """
     hook = sys.excepthook
     import ray
     from ray.exceptions import RayError
 
+    if ray.is_initialized():
+        present = ray.get_runtime_context().gcs_address
+        if address not in (AUTO, present):
+            message = f"this process uses the Ray cluster at {present} already, and can use one"
+            raise RayConnectionError(message)
+        yield
+        return
     sys.excepthook = hook  # Ray's tells Ray of an error, and waits for it if it is gone
 
     def connect() -> None:

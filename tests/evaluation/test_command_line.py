@@ -104,6 +104,10 @@ def test_something_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
         (["evaluation.seeds=[1,1]"], "evaluation.seeds is [1, 1]"),
         (["evaluation.seeds=[]"], "evaluation.seeds is []"),
         (["rollout.top_p=0.9"], "rollout.top_p is 0.9, which is training's"),
+        (
+            ["rollout.pool=ray", "serving.engines_on=ray"],
+            "rollout.ray_address is None, but serving.ray_address is auto",
+        ),
         (["serving.student.model_path=/nowhere"], "/nowhere: it has no config.json"),
         (["serving.student.context_length=64"], "an engine of 64 tokens takes 57"),
         (["evaluation.max_prompt_tokens=3"], "evaluation.max_prompt_tokens is 3; sums/0 has"),

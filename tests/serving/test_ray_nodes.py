@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Iterator
 from pathlib import Path
@@ -281,6 +283,49 @@ def test_a_relative_path_holds_on_every_node(on_ray: Setup, tmp_path: Path) -> N
         endpoints = serving.wait_until_served()
         words = psutil.Process(engine_at(endpoints.model("student").engines[0])).cmdline()
         assert Path(words[words.index("--model-path") + 1]).is_absolute()
+
+
+def test_a_process_joins_one_cluster_and_may_do_so_twice(cluster: Any) -> None:
+    """As an evaluation does, whose fleet and rollouts are one process."""
+    program = f"""
+import ray
+from sod_mcore.config import ConfigError
+from sod_mcore.ray_cluster.connection import joined_ray
+with joined_ray("serving.ray_address", {cluster.address!r}) as first:
+    with joined_ray("rollout.ray_address", {cluster.address!r}) as second:
+        second.check()
+    first.check()
+    assert ray.cluster_resources()["GPU"] == 4.0
+    try:
+        with joined_ray("rollout.ray_address", "127.0.0.1:1"):
+            raise AssertionError("it is no cluster")
+    except ConfigError as error:
+        print(error)
+assert not ray.is_initialized()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rollout.ray_address is 127.0.0.1:1: this process uses the Ray cluster at " in (
+        done.stdout
+    )
+
+
+def test_the_command_hears_nothing_of_ray(on_ray: Setup) -> None:
+    """It may join a cluster of its own choice."""
+    overrides = ("serving.teacher=null", "serving.student.engines=1")
+    copy = on_ray.folder / "environment"
+    before = {name for name in os.environ if name.startswith("RAY_")}
+    with on_ray.serve("sh", "-c", f"env > {copy}", overrides=overrides) as serving:
+        assert serving.process.wait(PATIENCE) == 0, serving.text()
+    names = {line.partition("=")[0] for line in copy.read_text().splitlines()}
+    assert {name for name in names if name.startswith("RAY_")} == before
 
 
 def test_no_node_with_room_is_told_in_words(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
