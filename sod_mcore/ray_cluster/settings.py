@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 from urllib.parse import urlsplit
 
@@ -62,3 +63,8 @@ def check_address(field: str, address: str, allowed: str) -> None:
             f"{field} is {address}, where nothing answers ({error}); start the cluster "
             "(docs/ray.md), or correct the address"
         ) from error
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from sod_mcore.config import ConfigError, RolloutConfig
-from sod_mcore.ray_cluster.settings import check_address, check_installed
+from sod_mcore.ray_cluster.settings import check_address, check_installed, usable_cpus
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool, SpanListener
 from sod_mcore.rollout.process_pool import ProcessPool
 
@@ -61,8 +59,3 @@ def _check_own_cpus(rollout: RolloutConfig) -> None:
             f"{rollout.ray_actor_cpus:g} each reserve {wanted:g} CPUs; this machine has {here}: "
             "lower one of them, or join a cluster with rollout.ray_address"
         )
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))

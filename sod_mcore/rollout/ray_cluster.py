@@ -22,9 +22,9 @@ from sod_mcore.ray_cluster.connection import (
     connected_to_ray,
     joined_ray,
 )
+from sod_mcore.ray_cluster.settings import usable_cpus
 from sod_mcore.rollout.child_environment import single_process_environment
 from sod_mcore.rollout.local_ray import STOP_SECONDS, kill_session
-from sod_mcore.rollout.open_pool import usable_cpus
 from sod_mcore.rollout.pool import START_TIMEOUT_SECONDS, RolloutError
 from sod_mcore.rollout.ray_driver import LostRayError
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sod_mcore.config import ConfigError, RolloutConfig
-from sod_mcore.rollout.open_pool import check_pool, usable_cpus
+from sod_mcore.ray_cluster.settings import usable_cpus
+from sod_mcore.rollout.open_pool import check_pool
 
 
 @pytest.mark.parametrize(
