@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 
 from sod_mcore.config import OptimizerConfig, StudentConfig
 from sod_mcore.platform.megatron import prepare_megatron
-from sod_mcore.serving.fleet import endpoints_path, read_endpoints
-from sod_mcore.serving.weights import probe_logprobs
+from sod_mcore.serving.endpoints import endpoints_path, read_endpoints
+from sod_mcore.serving.weights.update import probe_logprobs
 from tests.end_to_end.smollm2 import token_logprobs, write_smollm2
 
 NUM_TOKENS = 400

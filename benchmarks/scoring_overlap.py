@@ -38,9 +38,9 @@ from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.pool import RolloutPool
 from sod_mcore.rollout.process_pool import ProcessPool
 from sod_mcore.rollout.request import RolloutRequest
-from sod_mcore.serving.client import EngineClient
-from sod_mcore.serving.fleet import Endpoints, read_endpoints, write_endpoints
-from sod_mcore.serving.scoring import score
+from sod_mcore.serving.client.engine_client import EngineClient
+from sod_mcore.serving.client.scoring import score
+from sod_mcore.serving.endpoints import Endpoints, read_endpoints, write_endpoints
 from sod_mcore.trajectory import Prompt, Trajectory
 
 PROMPTS = 256

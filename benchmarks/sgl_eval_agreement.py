@@ -31,7 +31,7 @@ from sod_mcore.evaluation.engines import ShouldStop, with_engines
 from sod_mcore.evaluation.samples import SAMPLES_FILE, read_samples
 from sod_mcore.evaluation.statistics import Estimate, average_at_n, mean_estimate
 from sod_mcore.rewards import find_grader
-from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.endpoints import Endpoints
 
 TEMPERATURE, TOP_P, MAX_TOKENS = 1.0, 0.9, 24
 TIMEOUT_SECONDS = 3600.0

@@ -16,10 +16,10 @@ from multiprocessing.reduction import ForkingPickler
 
 import torch.multiprocessing
 
-from sod_mcore.serving.client import EngineClient
-from sod_mcore.serving.fleet import ModelEndpoints
-from sod_mcore.serving.receivers import Receiver, close_receivers, open_receivers
-from sod_mcore.serving.tensor_check import Bucket, checked_buckets, engine_shapes
+from sod_mcore.serving.client.engine_client import EngineClient
+from sod_mcore.serving.endpoints import ModelEndpoints
+from sod_mcore.serving.weights.receivers import Receiver, close_receivers, open_receivers
+from sod_mcore.serving.weights.tensor_check import Bucket, checked_buckets, engine_shapes
 
 
 @dataclass(frozen=True)

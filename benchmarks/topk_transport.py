@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.topk_transport [--repetitions 3]
 
 A real engine (the arithmetic example's teacher) scores sequences of random tokens with K = 0, 8 and
-64, answering once with flat base64 arrays, as ``sod_mcore.serving.scoring`` asks for, and once with
+64, answering once with flat base64 arrays, as ``serving/client/scoring.py`` asks for, and once with
 nested lists. Reading is the CPU time from the answer's bytes to numpy arrays; asking is the time on
 the wall until all answers are there. Both are given a token, and as a ratio to K = 0.
 """
@@ -26,8 +26,8 @@ import orjson
 from numpy.typing import NDArray
 
 from benchmarks.served_example import run_while_served
-from sod_mcore.serving.fleet import ModelEndpoints, read_endpoints
-from sod_mcore.serving.scoring import read_answer
+from sod_mcore.serving.client.scoring import read_answer
+from sod_mcore.serving.endpoints import ModelEndpoints, read_endpoints
 
 SEQUENCES, LENGTH = 48, 400
 CANDIDATES = (0, 8, 64)

@@ -28,13 +28,13 @@ import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.shared_memory_transfer import SharedMemoryTransfer
-from sod_mcore.serving.disk_transfer import DiskTransfer
-from sod_mcore.serving.distributed_transfer import DistributedTransfer
-from sod_mcore.serving.fleet import Endpoints, endpoints_path, read_endpoints
-from sod_mcore.serving.kept_groups import KeptGroups
-from sod_mcore.serving.tensor_transfer import TensorTransfer
-from sod_mcore.serving.weight_transfer import WeightTransfer
-from sod_mcore.serving.weights import update_weights
+from sod_mcore.serving.endpoints import Endpoints, endpoints_path, read_endpoints
+from sod_mcore.serving.weights.disk_transfer import DiskTransfer
+from sod_mcore.serving.weights.distributed_transfer import DistributedTransfer
+from sod_mcore.serving.weights.kept_groups import KeptGroups
+from sod_mcore.serving.weights.tensor_transfer import TensorTransfer
+from sod_mcore.serving.weights.transfer import WeightTransfer
+from sod_mcore.serving.weights.update import update_weights
 from sod_mcore.student.conversion.export import NamedTensors
 from sod_mcore.student.conversion.save import save_hf_folder
 

@@ -26,11 +26,11 @@ from sod_mcore.loop.preflight import live_endpoints
 from sod_mcore.loop.run_prompts import read_run_prompts
 from sod_mcore.rollout.open_pool import check_pool, open_pool
 from sod_mcore.rollout.pool import RolloutError
-from sod_mcore.serving.disk_transfer import DiskTransfer
-from sod_mcore.serving.fleet import FleetError
-from sod_mcore.serving.json_http import EngineError
-from sod_mcore.serving.weight_transfer import WeightUpdateError
-from sod_mcore.serving.weights import update_weights
+from sod_mcore.serving.client.json_http import EngineError
+from sod_mcore.serving.endpoints import FleetError
+from sod_mcore.serving.weights.disk_transfer import DiskTransfer
+from sod_mcore.serving.weights.transfer import WeightUpdateError
+from sod_mcore.serving.weights.update import update_weights
 
 USER_ERRORS = (
     *(ConfigError, DataError, OverlapError),

@@ -13,8 +13,8 @@ from sod_mcore.config_file import fail, load_config
 from sod_mcore.outcome import EXIT_FAILED, Outcome, read_outcome, read_outcome_before
 from sod_mcore.report.summary import summarise_rollout
 from sod_mcore.serving.__main__ import main as serve
-from sod_mcore.serving.fleet import FleetError
-from sod_mcore.serving.joining import address_settings, wait_for_fleets
+from sod_mcore.serving.endpoints import FleetError
+from sod_mcore.serving.fleet.joining import address_settings, wait_for_fleets
 from sod_mcore.slurm.command_line import main as slurm
 from sod_mcore.trajectory import RecordedBatch, Trajectory
 

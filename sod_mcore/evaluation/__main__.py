@@ -24,7 +24,7 @@ from sod_mcore.data import DataError
 from sod_mcore.evaluation.benchmark import evaluate_benchmarks
 from sod_mcore.outcome import EXIT_FAILED, EXIT_STOPPED
 from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError
-from sod_mcore.serving.fleet import FleetError
+from sod_mcore.serving.endpoints import FleetError
 
 PAPER = Path(__file__).with_name("paper.yaml")
 

@@ -26,7 +26,7 @@ from sod_mcore.report import Progress
 from sod_mcore.report.wandb_mirror import WandbMirror
 from sod_mcore.rollout.open_pool import open_pool
 from sod_mcore.rollout.pool import PoolSettings, RolloutPool
-from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.endpoints import Endpoints
 
 POOLS = 2
 """Pools that work at the same time, each on a chunk of its own."""

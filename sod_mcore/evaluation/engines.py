@@ -13,10 +13,10 @@ from typing import TypeVar
 
 from sod_mcore.config import ConfigError, EvalConfig
 from sod_mcore.rollout.pool import RolloutInterruptedError
-from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
-from sod_mcore.serving.places import POLL_SECONDS
-from sod_mcore.serving.supervisor import Fleet
-from sod_mcore.serving.weights import weight_versions
+from sod_mcore.serving.endpoints import Endpoints, FleetError, read_endpoints
+from sod_mcore.serving.fleet.places import POLL_SECONDS
+from sod_mcore.serving.fleet.supervisor import Fleet
+from sod_mcore.serving.weights.update import weight_versions
 
 _ANSWER_SECONDS = 10.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)

@@ -16,8 +16,8 @@ from sod_mcore.evaluation.data_sets import DataSet
 from sod_mcore.report import require_wandb
 from sod_mcore.rollout.judge import check_verifiers
 from sod_mcore.rollout.open_pool import check_pool
-from sod_mcore.serving.fleet import RESERVED_TOKENS
-from sod_mcore.serving.model_folder import read_model_folder
+from sod_mcore.serving.endpoints import RESERVED_TOKENS
+from sod_mcore.serving.fleet.model_folder import read_model_folder
 from sod_mcore.tools import tool_schemas
 
 MODEL_FILES = ("config.json", "tokenizer.json")

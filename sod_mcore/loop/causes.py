@@ -12,10 +12,10 @@ from sod_mcore.files import DISK_FULL
 from sod_mcore.loop.weight_sync import WeightMismatchError
 from sod_mcore.outcome import EXIT_FAILED
 from sod_mcore.rollout.pool import RolloutError
-from sod_mcore.serving.fleet import FleetError
-from sod_mcore.serving.json_http import EngineError
-from sod_mcore.serving.scoring import ScoringError
-from sod_mcore.serving.weight_transfer import WeightUpdateError
+from sod_mcore.serving.client.json_http import EngineError
+from sod_mcore.serving.client.scoring import ScoringError
+from sod_mcore.serving.endpoints import FleetError
+from sod_mcore.serving.weights.transfer import WeightUpdateError
 from sod_mcore.student.rank_zero import RankZeroError
 
 EXIT_WRONG_SETTING = 2

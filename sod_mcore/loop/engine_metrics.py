@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.rollout.pool import RolloutPool
-from sod_mcore.serving.counters import ClientCounters
+from sod_mcore.serving.client.counters import ClientCounters
 
 
 class EngineMetrics:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sod_mcore.serving.fleet import Endpoints, FleetError, ModelEndpoints, engines_now
-from sod_mcore.serving.fleet_state import FleetState, read_fleet_state
-from sod_mcore.serving.weights import reported_versions
+from sod_mcore.serving.endpoints import Endpoints, FleetError, ModelEndpoints, engines_now
+from sod_mcore.serving.fleet.state import FleetState, read_fleet_state
+from sod_mcore.serving.weights.update import reported_versions
 
 POLL_SECONDS = 0.5
 ASK_EVERY_SECONDS = 5.0

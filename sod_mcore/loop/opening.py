@@ -25,9 +25,9 @@ from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
 from sod_mcore.report.step_timeline import StepTimeline
 from sod_mcore.rollout.open_pool import open_pool
 from sod_mcore.rollout.pool import PoolSettings
-from sod_mcore.serving.fleet import Endpoints, read_endpoints
-from sod_mcore.serving.kept_groups import KeptGroups
+from sod_mcore.serving.endpoints import Endpoints, read_endpoints
 from sod_mcore.serving.sleep import EngineSleep
+from sod_mcore.serving.weights.kept_groups import KeptGroups
 from sod_mcore.student.backend import choose_backend
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed

@@ -36,13 +36,13 @@ from sod_mcore.ops.extension import extension_for
 from sod_mcore.report.metrics import require_wandb
 from sod_mcore.rollout.open_pool import check_pool
 from sod_mcore.rollout.teacher import teacher_model
-from sod_mcore.serving.fleet import Endpoints, FleetError, read_endpoints
-from sod_mcore.serving.fleet_state import wait_for_restarts
-from sod_mcore.serving.json_http import EngineError
+from sod_mcore.serving.client.json_http import EngineError
+from sod_mcore.serving.endpoints import Endpoints, FleetError, read_endpoints
+from sod_mcore.serving.fleet.state import wait_for_restarts
 from sod_mcore.serving.placement import check_engines_can_sleep, check_placement
-from sod_mcore.serving.tensor_check import engine_shapes
-from sod_mcore.serving.weight_transfer import WeightUpdateError
-from sod_mcore.serving.weights import weight_versions
+from sod_mcore.serving.weights.tensor_check import engine_shapes
+from sod_mcore.serving.weights.transfer import WeightUpdateError
+from sod_mcore.serving.weights.update import weight_versions
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.tools import choose_sandbox_url, tool_schemas
 from sod_mcore.tools.packages import package_folders

@@ -9,7 +9,7 @@ from typing import Any
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import ConfigError, ServingConfig, SodConfig, TeacherConfig, serving_field
 from sod_mcore.rollout.teacher import teacher_messages, teacher_model
-from sod_mcore.serving.fleet import Endpoints
+from sod_mcore.serving.endpoints import Endpoints
 from sod_mcore.trajectory import Prompt
 
 

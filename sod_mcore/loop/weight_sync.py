@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 
 from sod_mcore.config import ServingConfig
 from sod_mcore.loop.engine_watch import EngineWatch
-from sod_mcore.serving.disk_transfer import DiskTransfer
-from sod_mcore.serving.distributed_transfer import DistributedTransfer
-from sod_mcore.serving.fleet import Endpoints
-from sod_mcore.serving.json_http import EngineError
-from sod_mcore.serving.kept_groups import KeptGroups
+from sod_mcore.serving.client.json_http import EngineError
+from sod_mcore.serving.endpoints import Endpoints
 from sod_mcore.serving.sleep import EngineSleep
-from sod_mcore.serving.tensor_transfer import TensorTransfer
-from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError
-from sod_mcore.serving.weights import probe_logprobs, update_weights
+from sod_mcore.serving.weights.disk_transfer import DiskTransfer
+from sod_mcore.serving.weights.distributed_transfer import DistributedTransfer
+from sod_mcore.serving.weights.kept_groups import KeptGroups
+from sod_mcore.serving.weights.tensor_transfer import TensorTransfer
+from sod_mcore.serving.weights.transfer import WeightTransfer, WeightUpdateError
+from sod_mcore.serving.weights.update import probe_logprobs, update_weights
 from sod_mcore.student.conversion.export import NamedTensors
 from sod_mcore.student.examples import TrainingExample
 from sod_mcore.student.exchange import wait_for_all

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sod_mcore.chat import ChatRenderer, ParsedTurn, parse_tool_calls
 from sod_mcore.rollout.lanes import Track
 from sod_mcore.rollout.token_recorder import TokenRecorder
-from sod_mcore.serving.messages import Generation, SamplingSettings
+from sod_mcore.serving.client.messages import Generation, SamplingSettings
 from sod_mcore.tools.interface import Tool, ToolResult
 from sod_mcore.trajectory import Message, Prompt, Trajectory
 

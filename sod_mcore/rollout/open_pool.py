@@ -21,7 +21,9 @@ def open_pool(settings: PoolSettings, on_spans: SpanListener = lambda spans: Non
     """
     if settings.rollout.pool == "process":
         return ProcessPool(settings, on_spans)
-    from sod_mcore.rollout.ray_pool import RayPool  # loads Ray, which the process pool does without
+    from sod_mcore.rollout.on_ray.ray_pool import (
+        RayPool,  # loads Ray, which the process pool does without
+    )
 
     return RayPool(settings, on_spans)
 

@@ -21,7 +21,7 @@ from sod_mcore.config import (
     ToolsConfig,
 )
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
-from sod_mcore.serving.counters import ClientCounters
+from sod_mcore.serving.client.counters import ClientCounters
 from sod_mcore.timeline import Spans
 
 START_TIMEOUT_SECONDS = 180.0

@@ -36,7 +36,7 @@ from sod_mcore.rollout.pool import (
     Ticket,
 )
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
-from sod_mcore.serving.counters import ClientCounters
+from sod_mcore.serving.client.counters import ClientCounters
 from sod_mcore.timeline import Spans
 
 

@@ -20,12 +20,12 @@ from sod_mcore.rollout.lanes import Track
 from sod_mcore.rollout.pool import PoolSettings
 from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.rollout.teacher import TeacherScorer
-from sod_mcore.serving.client import EngineClient
-from sod_mcore.serving.counters import ClientCounters
-from sod_mcore.serving.fleet import engines_now, read_endpoints
-from sod_mcore.serving.messages import Generation, SamplingSettings
-from sod_mcore.serving.replicas import Affinity
-from sod_mcore.serving.scoring import ScoringError
+from sod_mcore.serving.client.counters import ClientCounters
+from sod_mcore.serving.client.engine_client import EngineClient
+from sod_mcore.serving.client.messages import Generation, SamplingSettings
+from sod_mcore.serving.client.replicas import Affinity
+from sod_mcore.serving.client.scoring import ScoringError
+from sod_mcore.serving.endpoints import engines_now, read_endpoints
 from sod_mcore.tools import (
     MemoryGroup,
     Tool,

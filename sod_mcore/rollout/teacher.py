@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.config import TeacherConfig
-from sod_mcore.serving.client import EngineClient
-from sod_mcore.serving.scoring import Scores, score
+from sod_mcore.serving.client.engine_client import EngineClient
+from sod_mcore.serving.client.scoring import Scores, score
 from sod_mcore.trajectory import Message, Prompt, Trajectory
 
 DEFAULT_TEXTS = {

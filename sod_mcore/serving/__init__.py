@@ -1,20 +1,20 @@
 """SGLang serves both models: it generates the student's rollouts and scores them with the teacher.
 
-``python -m sod_mcore.serving CONFIG`` starts the engines (``supervisor``, ``launch``,
-``front_door``) and writes their addresses (``fleet``); ``client``, ``scoring`` and ``weights`` talk
-to them. ``docs/serving.md`` has the whole.
+``python -m sod_mcore.serving CONFIG`` starts the engines (``fleet/``) and writes their addresses
+(``endpoints.py``); ``client/`` sends them requests, ``weights/`` new weights; ``sleep.py`` lets
+them give up their GPUs for a while. ``docs/serving.md`` has the whole.
 """
 
-from sod_mcore.serving.client import EngineClient
-from sod_mcore.serving.counters import ClientCounters
-from sod_mcore.serving.disk_transfer import DiskTransfer
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints, read_endpoints
-from sod_mcore.serving.json_http import EngineError
-from sod_mcore.serving.messages import Generation, SamplingSettings
-from sod_mcore.serving.replicas import Affinity
-from sod_mcore.serving.scoring import Scores, ScoringError, score
-from sod_mcore.serving.weight_transfer import WeightTransfer, WeightUpdateError
-from sod_mcore.serving.weights import probe_logprobs, update_weights
+from sod_mcore.serving.client.counters import ClientCounters
+from sod_mcore.serving.client.engine_client import EngineClient
+from sod_mcore.serving.client.json_http import EngineError
+from sod_mcore.serving.client.messages import Generation, SamplingSettings
+from sod_mcore.serving.client.replicas import Affinity
+from sod_mcore.serving.client.scoring import Scores, ScoringError, score
+from sod_mcore.serving.endpoints import Endpoints, ModelEndpoints, read_endpoints
+from sod_mcore.serving.weights.disk_transfer import DiskTransfer
+from sod_mcore.serving.weights.transfer import WeightTransfer, WeightUpdateError
+from sod_mcore.serving.weights.update import probe_logprobs, update_weights
 
 __all__ = [
     "Affinity",

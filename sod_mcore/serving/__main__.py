@@ -31,11 +31,11 @@ from sod_mcore.outcome import (
     read_outcome,
     write_outcome,
 )
-from sod_mcore.serving.children import Child, forward_signal, shell_exit_code
-from sod_mcore.serving.fleet import Endpoints, FleetError, endpoints_path
+from sod_mcore.serving.endpoints import Endpoints, FleetError, endpoints_path
+from sod_mcore.serving.fleet.children import Child, forward_signal, shell_exit_code
+from sod_mcore.serving.fleet.places import POLL_SECONDS
+from sod_mcore.serving.fleet.supervisor import Fleet
 from sod_mcore.serving.placement import check_placement
-from sod_mcore.serving.places import POLL_SECONDS
-from sod_mcore.serving.supervisor import Fleet
 
 USAGE = "usage: python -m sod_mcore.serving CONFIG [key=value ...] [-- command ...]"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)

@@ -6,11 +6,11 @@ import asyncio
 from typing import Any
 
 from sod_mcore.config import ConfigError, SodConfig, serving_field
-from sod_mcore.serving.fleet import Endpoints
-from sod_mcore.serving.fleet_state import read_fleet_state
-from sod_mcore.serving.json_http import JsonHttp
-from sod_mcore.serving.launch import resolve_device
-from sod_mcore.serving.weights import TRAINED_MODEL
+from sod_mcore.serving.client.json_http import JsonHttp
+from sod_mcore.serving.endpoints import Endpoints
+from sod_mcore.serving.fleet.launch import resolve_device
+from sod_mcore.serving.fleet.state import read_fleet_state
+from sod_mcore.serving.weights.update import TRAINED_MODEL
 
 COLOCATED = "serving.placement is colocated"
 

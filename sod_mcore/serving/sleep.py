@@ -27,13 +27,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sod_mcore.config import ServingConfig
-from sod_mcore.serving.client import EngineClient
-from sod_mcore.serving.disk_transfer import DiskTransfer
-from sod_mcore.serving.fleet import Endpoints, FleetError
-from sod_mcore.serving.fleet_state import FleetState, read_fleet_state
-from sod_mcore.serving.json_http import EngineError, RequestTimeoutError
-from sod_mcore.serving.sleep_file import write_sleep
-from sod_mcore.serving.weights import (
+from sod_mcore.serving.client.engine_client import EngineClient
+from sod_mcore.serving.client.json_http import EngineError, RequestTimeoutError
+from sod_mcore.serving.endpoints import Endpoints, FleetError
+from sod_mcore.serving.fleet.sleep_file import write_sleep
+from sod_mcore.serving.fleet.state import FleetState, read_fleet_state
+from sod_mcore.serving.weights.disk_transfer import DiskTransfer
+from sod_mcore.serving.weights.update import (
     KV_CACHE,
     TRAINED_MODEL,
     WEIGHTS,

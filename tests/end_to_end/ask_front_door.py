@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.arithmetic.demonstrations import TOOL
-from sod_mcore.serving.fleet import read_endpoints
+from sod_mcore.serving.endpoints import read_endpoints
 
 
 def main() -> None:

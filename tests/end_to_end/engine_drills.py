@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil  # type: ignore[import-untyped]
 
-from sod_mcore.serving.fleet_state import ServerState, read_fleet_state
+from sod_mcore.serving.fleet.state import ServerState, read_fleet_state
 from tests.end_to_end.drills import Drill
 
 

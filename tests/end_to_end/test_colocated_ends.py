@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from sod_mcore.serving.client import EngineClient
-from sod_mcore.serving.fleet import read_endpoints
-from sod_mcore.serving.scoring import score
-from sod_mcore.serving.sleep_file import read_sleep, sleep_path
-from sod_mcore.serving.weights import weight_versions
+from sod_mcore.serving.client.engine_client import EngineClient
+from sod_mcore.serving.client.scoring import score
+from sod_mcore.serving.endpoints import read_endpoints
+from sod_mcore.serving.fleet.sleep_file import read_sleep, sleep_path
+from sod_mcore.serving.weights.update import weight_versions
 from tests.end_to_end.conftest import colocated_configuration
 from tests.end_to_end.drills import Drill, drill, send, steps_of
 from tests.end_to_end.engine_drills import process_of, server

@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sod_mcore.serving.fleet_state import ServerState, read_fleet_state
+from sod_mcore.serving.fleet.state import ServerState, read_fleet_state
 from sod_mcore.trajectory import RecordedBatch, Trajectory, recorded_batch_path
 from tests.end_to_end.conftest import LiveRun
 from tests.end_to_end.drills import Drill, drill, send, steps_of

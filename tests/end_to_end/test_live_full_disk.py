@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from sod_mcore.loop.weight_sync import probe_token_ids
-from sod_mcore.serving.fleet import read_endpoints
-from sod_mcore.serving.weights import probe_logprobs
+from sod_mcore.serving.endpoints import read_endpoints
+from sod_mcore.serving.weights.update import probe_logprobs
 from tests.end_to_end.conftest import LiveRun
 from tests.end_to_end.drills import Drill, assert_continues, drill, saved_step, send
 from tests.end_to_end.small_disk import SmallDisk, small_disk

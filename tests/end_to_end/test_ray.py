@@ -186,8 +186,8 @@ def folder_of_ray(family: set[Process]) -> Path:
     """The folder that the run's Ray was given."""
     for pid, _ in family:
         words = psutil.Process(pid).cmdline()
-        if "sod_mcore.rollout.local_ray" in words:
-            return Path(words[words.index("sod_mcore.rollout.local_ray") + 2])
+        if "sod_mcore.rollout.on_ray.local_ray" in words:
+            return Path(words[words.index("sod_mcore.rollout.on_ray.local_ray") + 2])
     raise AssertionError("the run has no Ray of its own")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sod_mcore.serving.fleet_state import ServerState
+from sod_mcore.serving.fleet.state import ServerState
 from tests.end_to_end.conftest import LiveRun
 from tests.end_to_end.drills import Drill, drill, send, steps_of
 from tests.end_to_end.engine_drills import process_of, server

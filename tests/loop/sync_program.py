@@ -29,10 +29,10 @@ from torch.distributed import distributed_c10d
 from sod_mcore.config import EngineConfig, OptimizerConfig, ServingConfig, StudentConfig
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.weight_sync import WeightSync, probe_token_ids
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
-from sod_mcore.serving.fleet_state import FleetStateFile
-from sod_mcore.serving.kept_groups import KeptGroups
-from sod_mcore.serving.weight_transfer import WeightUpdateError
+from sod_mcore.serving.endpoints import Endpoints, ModelEndpoints
+from sod_mcore.serving.fleet.state import FleetStateFile
+from sod_mcore.serving.weights.kept_groups import KeptGroups
+from sod_mcore.serving.weights.transfer import WeightUpdateError
 from sod_mcore.student.model_config import check_layout
 from sod_mcore.student.parallel_state import distributed
 from sod_mcore.student.rank_zero import RankZeroError

@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 from sod_mcore.config import EngineConfig, ServingConfig
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.loop.weight_sync import PROBE_TOKENS, WeightSync, probe_token_ids
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
-from sod_mcore.serving.fleet_state import FleetStateFile
+from sod_mcore.serving.endpoints import Endpoints, ModelEndpoints
+from sod_mcore.serving.fleet.state import FleetStateFile
 from sod_mcore.serving.sleep import EngineSleep
 from tests.serving.scripted_engines import ScriptedEngines, running_engines
 

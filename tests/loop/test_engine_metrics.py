@@ -9,8 +9,8 @@ from typing import cast
 from sod_mcore.loop.engine_metrics import EngineMetrics
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.rollout.pool import RolloutPool
-from sod_mcore.serving.counters import ClientCounters
-from sod_mcore.serving.fleet_state import FleetStateFile
+from sod_mcore.serving.client.counters import ClientCounters
+from sod_mcore.serving.fleet.state import FleetStateFile
 
 
 def test_each_line_has_what_was_added(tmp_path: Path) -> None:

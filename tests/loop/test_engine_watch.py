@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from sod_mcore.loop.engine_watch import EngineWatch
-from sod_mcore.serving.fleet import Endpoints, FleetError, ModelEndpoints, write_endpoints
-from sod_mcore.serving.fleet_state import Condition, FleetStateFile, state_path
+from sod_mcore.serving.endpoints import Endpoints, FleetError, ModelEndpoints, write_endpoints
+from sod_mcore.serving.fleet.state import Condition, FleetStateFile, state_path
 
 CLOSED = "http://127.0.0.1:9"
 OURS = ("http://ours:1", "http://ours:2")

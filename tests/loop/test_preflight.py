@@ -20,7 +20,7 @@ from sod_mcore.loop.preflight import check_before_launch
 from sod_mcore.loop.run_prompts import first_of_each_file, read_run_prompts
 from sod_mcore.loop.teacher_checks import check_teacher_lengths
 from sod_mcore.rollout.teacher import teacher_messages
-from sod_mcore.serving.fleet import RESERVED_TOKENS, Endpoints, ModelEndpoints
+from sod_mcore.serving.endpoints import RESERVED_TOKENS, Endpoints, ModelEndpoints
 from sod_mcore.tools import code_interpreter_schema
 from sod_mcore.trajectory import Prompt
 from tests.end_to_end.programs import REPOSITORY

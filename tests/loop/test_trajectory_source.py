@@ -19,8 +19,8 @@ from sod_mcore.loop.trajectory_source import LiveSource, ReplaySource
 from sod_mcore.rollout.pool import RolloutError, RolloutInterruptedError, Ticket
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.token_recorder import TokenRecorder
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
-from sod_mcore.serving.fleet_state import FleetStateFile
+from sod_mcore.serving.endpoints import Endpoints, ModelEndpoints
+from sod_mcore.serving.fleet.state import FleetStateFile
 from sod_mcore.trajectory import Prompt, Trajectory
 from tests.rollout.idle_pool import IdlePool
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sod_mcore.serving.launch import CPU_BRIDGE
+from sod_mcore.serving.fleet.launch import CPU_BRIDGE
 
 HEADS, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE = 6, 2, 8, 10
 

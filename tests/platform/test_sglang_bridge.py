@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 from sod_mcore.config import EngineConfig
-from sod_mcore.serving.launch import EnginePlace, engine_environment
+from sod_mcore.serving.fleet.launch import EnginePlace, engine_environment
 from tests.serving.conftest import sglang_python
 
 PROGRAM = """

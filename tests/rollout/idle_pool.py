@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sod_mcore.rollout.pool import RolloutPool, Ticket
-from sod_mcore.serving.counters import ClientCounters
+from sod_mcore.serving.client.counters import ClientCounters
 
 
 class IdlePool(RolloutPool):

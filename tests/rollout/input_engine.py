@@ -32,7 +32,12 @@ from sod_mcore.config import (
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.pool import PoolSettings
 from sod_mcore.rollout.request import RolloutRequest
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints, process_start_ticks, write_endpoints
+from sod_mcore.serving.endpoints import (
+    Endpoints,
+    ModelEndpoints,
+    process_start_ticks,
+    write_endpoints,
+)
 from sod_mcore.trajectory import Prompt
 from tests.end_to_end.programs import TEACHER
 

@@ -26,7 +26,12 @@ from sod_mcore.config import (
     ToolsConfig,
 )
 from sod_mcore.rollout.pool import PoolSettings
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints, process_start_ticks, write_endpoints
+from sod_mcore.serving.endpoints import (
+    Endpoints,
+    ModelEndpoints,
+    process_start_ticks,
+    write_endpoints,
+)
 from sod_mcore.tools.calculator import calculator_schema
 from tests.end_to_end.programs import TEACHER
 

@@ -9,7 +9,7 @@ import numpy as np
 from sod_mcore.chat import ChatRenderer
 from sod_mcore.rollout.episode import TOOL_UNAVAILABLE, Episode, EpisodeLimits, Sampling
 from sod_mcore.rollout.lanes import Lanes, Track
-from sod_mcore.serving.messages import Generation, SamplingSettings
+from sod_mcore.serving.client.messages import Generation, SamplingSettings
 from sod_mcore.timeline import SpanRecorder
 from sod_mcore.tools.interface import ToolResult
 from sod_mcore.trajectory import Prompt, Trajectory

@@ -83,7 +83,7 @@ def test_rays_types_are_not_needed_by_the_process_pool() -> None:
     program = (
         "import sys; sys.modules['ray'] = None\n"
         "import pretrain_sod, sod_mcore.evaluation.benchmark, sod_mcore.rollout.open_pool\n"
-        "import sod_mcore.rollout.ray_actor, sod_mcore.rollout.ray_driver\n"
-        "import sod_mcore.rollout.ray_handle, sod_mcore.rollout.ray_pool"
+        "import sod_mcore.rollout.on_ray.ray_actor, sod_mcore.rollout.on_ray.ray_driver\n"
+        "import sod_mcore.rollout.on_ray.ray_handle, sod_mcore.rollout.on_ray.ray_pool"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE, env=environment())

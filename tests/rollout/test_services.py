@@ -29,7 +29,12 @@ from sod_mcore.rollout.lanes import open_track
 from sod_mcore.rollout.pool import PoolSettings
 from sod_mcore.rollout.request import RolloutRequest
 from sod_mcore.rollout.services import RolloutServices, open_services
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints, process_start_ticks, write_endpoints
+from sod_mcore.serving.endpoints import (
+    Endpoints,
+    ModelEndpoints,
+    process_start_ticks,
+    write_endpoints,
+)
 from sod_mcore.timeline import SpanRecorder
 from sod_mcore.trajectory import Prompt, Trajectory
 from tests.end_to_end.programs import TEACHER

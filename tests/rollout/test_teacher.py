@@ -19,9 +19,9 @@ from sod_mcore.rollout.teacher import (
     teacher_model,
 )
 from sod_mcore.rollout.token_recorder import TokenRecorder
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
-from sod_mcore.serving.replicas import Affinity
-from sod_mcore.serving.scoring import Scores
+from sod_mcore.serving.client.replicas import Affinity
+from sod_mcore.serving.client.scoring import Scores
+from sod_mcore.serving.endpoints import Endpoints, ModelEndpoints
 from sod_mcore.tools import code_interpreter_schema
 from sod_mcore.trajectory import Prompt, Trajectory
 from tests.end_to_end.programs import TEACHER

@@ -18,7 +18,7 @@ from aiohttp import web
 from sod_mcore.rollout.episode import Sampling
 from sod_mcore.rollout.process_pool import ProcessPool
 from sod_mcore.rollout.request import RolloutRequest, RolloutResult
-from sod_mcore.serving.counters import ClientCounters
+from sod_mcore.serving.client.counters import ClientCounters
 from sod_mcore.trajectory import Prompt
 from tests.rollout.scripted_engine import QUESTION, ScriptedEngine, serve, settings
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from sod_mcore.serving.fleet import Endpoints, endpoints_path, read_endpoints
+from sod_mcore.serving.endpoints import Endpoints, endpoints_path, read_endpoints
 from tests.serving.processes import descendants, running
 from tests.serving.tiny_models import save_model
 

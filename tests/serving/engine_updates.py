@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
-from sod_mcore.serving.client import EngineClient
-from sod_mcore.serving.disk_transfer import DiskTransfer
-from sod_mcore.serving.distributed_transfer import DistributedTransfer
-from sod_mcore.serving.fleet import Endpoints
-from sod_mcore.serving.kept_groups import KeptGroups
-from sod_mcore.serving.messages import Generation, SamplingSettings
-from sod_mcore.serving.tensor_check import Bucket
-from sod_mcore.serving.tensor_transfer import TensorTransfer
-from sod_mcore.serving.weight_transfer import WeightTransfer
-from sod_mcore.serving.weights import RunningRequests, SleepingEngines, update_weights
+from sod_mcore.serving.client.engine_client import EngineClient
+from sod_mcore.serving.client.messages import Generation, SamplingSettings
+from sod_mcore.serving.endpoints import Endpoints
+from sod_mcore.serving.weights.disk_transfer import DiskTransfer
+from sod_mcore.serving.weights.distributed_transfer import DistributedTransfer
+from sod_mcore.serving.weights.kept_groups import KeptGroups
+from sod_mcore.serving.weights.tensor_check import Bucket
+from sod_mcore.serving.weights.tensor_transfer import TensorTransfer
+from sod_mcore.serving.weights.transfer import WeightTransfer
+from sod_mcore.serving.weights.update import RunningRequests, SleepingEngines, update_weights
 
 TIMEOUT = 120.0
 WAYS = ("disk", "tensor", "distributed")

@@ -1,6 +1,6 @@
 """Plays the interpreter of SGLang's environment: engines and routers that start in half a second.
 
-Called with the command lines of ``sod_mcore.serving.launch``. An engine's scores depend on the
+Called with the command lines of ``serving/fleet/launch.py``. An engine's scores depend on the
 file ``weights`` in its model's folder and on the ids, so that mixed-up models are noticed. Other
 files there change its behaviour: ``die_at_start``, ``port_taken`` (the first start finds its port
 in use), ``die_later``, ``never_ready``, ``ignores_sigterm``; and how it scores: ``unsteady``,

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import psutil  # type: ignore[import-untyped]
 
-from sod_mcore.serving.fleet import process_fields, process_start_ticks
+from sod_mcore.serving.endpoints import process_fields, process_start_ticks
 
 Process = tuple[int, int]
 """A process id and the start time that tells it from a later process with the same id."""

@@ -12,8 +12,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from sod_mcore.serving import watchdog
-from sod_mcore.serving.fleet import process_start_ticks
+from sod_mcore.serving.endpoints import process_start_ticks
+from sod_mcore.serving.fleet import watchdog
 from tests.serving.processes import Process, leader_at
 
 HEAD = "127.0.0.1"

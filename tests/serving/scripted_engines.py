@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from aiohttp import web
 
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
+from sod_mcore.serving.endpoints import Endpoints, ModelEndpoints
 from tests.serving.scripted_group import ScriptedRanks
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from sod_mcore.serving.client import EngineClient
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
-from sod_mcore.serving.messages import Generation, SamplingSettings
-from sod_mcore.serving.replicas import Affinity
+from sod_mcore.serving.client.engine_client import EngineClient
+from sod_mcore.serving.client.messages import Generation, SamplingSettings
+from sod_mcore.serving.client.replicas import Affinity
+from sod_mcore.serving.endpoints import Endpoints, ModelEndpoints
 
 SAMPLING = SamplingSettings(max_new_tokens=3)
 VOCAB_SIZE = 100

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sod_mcore.serving.tensor_check import Bucket
+from sod_mcore.serving.weights.tensor_check import Bucket
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 

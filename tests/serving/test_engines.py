@@ -23,20 +23,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sod_mcore.config import EngineConfig, ServingConfig
-from sod_mcore.serving import weights
-from sod_mcore.serving.client import EngineClient
-from sod_mcore.serving.disk_transfer import DiskTransfer
-from sod_mcore.serving.distributed_transfer import DistributedTransfer
-from sod_mcore.serving.fleet import Endpoints
-from sod_mcore.serving.fleet_state import read_fleet_state
-from sod_mcore.serving.json_http import EngineError
-from sod_mcore.serving.kept_groups import KeptGroups
-from sod_mcore.serving.messages import SamplingSettings
-from sod_mcore.serving.scoring import Scores, score
+from sod_mcore.serving.client.engine_client import EngineClient
+from sod_mcore.serving.client.json_http import EngineError
+from sod_mcore.serving.client.messages import SamplingSettings
+from sod_mcore.serving.client.scoring import Scores, score
+from sod_mcore.serving.endpoints import Endpoints
+from sod_mcore.serving.fleet.state import read_fleet_state
 from sod_mcore.serving.sleep import EngineSleep
-from sod_mcore.serving.tensor_transfer import TensorTransfer
-from sod_mcore.serving.weight_transfer import WeightUpdateError
-from sod_mcore.serving.weights import RunningRequests
+from sod_mcore.serving.weights import update as weights
+from sod_mcore.serving.weights.disk_transfer import DiskTransfer
+from sod_mcore.serving.weights.distributed_transfer import DistributedTransfer
+from sod_mcore.serving.weights.kept_groups import KeptGroups
+from sod_mcore.serving.weights.tensor_transfer import TensorTransfer
+from sod_mcore.serving.weights.transfer import WeightUpdateError
+from sod_mcore.serving.weights.update import RunningRequests
 from tests.serving.conftest import START_SECONDS, LiveFleet
 from tests.serving.engine_updates import (
     TIMEOUT,

@@ -10,8 +10,8 @@ from aiohttp import web
 from pydantic import TypeAdapter
 
 from sod_mcore.config import ConfigError, SodConfig
-from sod_mcore.serving.fleet import Endpoints, ModelEndpoints
-from sod_mcore.serving.fleet_state import FleetStateFile
+from sod_mcore.serving.endpoints import Endpoints, ModelEndpoints
+from sod_mcore.serving.fleet.state import FleetStateFile
 from sod_mcore.serving.placement import check_engines_can_sleep
 from tests.serving.scripted_engines import ScriptedEngines, running_engines
 

@@ -16,13 +16,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from sod_mcore.config import EngineConfig, ServingConfig
-from sod_mcore.serving.disk_transfer import DiskTransfer
-from sod_mcore.serving.fleet import Endpoints, FleetError, ModelEndpoints
-from sod_mcore.serving.fleet_state import Condition, FleetStateFile, state_path
+from sod_mcore.serving.endpoints import Endpoints, FleetError, ModelEndpoints
+from sod_mcore.serving.fleet.sleep_file import read_sleep, sleep_path
+from sod_mcore.serving.fleet.state import Condition, FleetStateFile, state_path
 from sod_mcore.serving.sleep import EngineSleep
-from sod_mcore.serving.sleep_file import read_sleep, sleep_path
-from sod_mcore.serving.weight_transfer import WeightUpdateError
-from sod_mcore.serving.weights import probe_logprobs, update_weights
+from sod_mcore.serving.weights.disk_transfer import DiskTransfer
+from sod_mcore.serving.weights.transfer import WeightUpdateError
+from sod_mcore.serving.weights.update import probe_logprobs, update_weights
 from sod_mcore.timeline import Span
 from tests.serving.scripted_engines import ScriptedEngines, running_engines
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sod_mcore.serving.launch import free_port
+from sod_mcore.serving.fleet.launch import free_port
 from tests.serving.processes import descendants, wait_until_gone
 
 NODES = ("n0", "n1", "n2")

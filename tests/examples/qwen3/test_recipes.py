@@ -13,7 +13,7 @@ from sod_mcore.config import EvalConfig, SftConfig, SodConfig, TopKConfig
 from sod_mcore.config_file import load_config
 from sod_mcore.evaluation.preflight import check_context_length
 from sod_mcore.loop.preflight import check_settings
-from sod_mcore.serving.fleet import RESERVED_TOKENS
+from sod_mcore.serving.endpoints import RESERVED_TOKENS
 from tests.end_to_end.programs import REPOSITORY
 
 QWEN3 = REPOSITORY / "examples" / "qwen3"

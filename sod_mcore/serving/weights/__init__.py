@@ -1,0 +1,1 @@
+"""How a version of the weights reaches engines: by folder, by broadcast or by value."""
