@@ -1,6 +1,6 @@
 """The rollout pool as its users see it: submit a batch, collect it, pause, resume, close.
 
-What plays the batches is a process (``process_pool.py``) or Ray actors (``ray_pool.py``);
+What plays the batches is a process (``process_pool.py``) or Ray actors (``on_ray/``);
 ``open_pool.py`` chooses by ``rollout.pool``.
 """
 
