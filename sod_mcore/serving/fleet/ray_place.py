@@ -25,6 +25,7 @@ from sod_mcore.serving.fleet.ray_room import Room
 _ANSWER_SECONDS = 30.0
 """For calls that an actor answers at once."""
 
+_AGAIN_SECONDS = 1.0
 ROOM_SECONDS = 120.0
 """An actor with room has its place in a few seconds."""
 
@@ -120,11 +121,9 @@ class RayPlace:
 
         if self._process is not None and self._process.is_lost:
             self._discard()
+        host = await self._wait_for_room()
+        self._has_started = True
         try:
-            if self._actor is None:
-                self._actor = await in_thread(self._make_actor)
-            host = await self._wait_for_room(self._actor)
-            self._has_started = True
             order = self._make_order(None if anew else self._last)
             started = await self._actor.start.remote(order)
         except RayError as error:
@@ -149,15 +148,27 @@ class RayPlace:
                     await self._actor.stop.remote()
         self._discard()
 
-    async def _wait_for_room(self, actor: Any) -> str:
+    async def _wait_for_room(self) -> str:
         """The address of the actor's node; the actor stays in the queue where there is none yet."""
+        from ray.exceptions import RayError
+
+        lost = ""
         try:
             async with asyncio.timeout(self._room_seconds):
-                return str(await actor.host.remote())
+                while True:
+                    try:
+                        if self._actor is None:
+                            self._actor = await in_thread(self._make_actor)
+                        return str(await self._actor.host.remote())
+                    except RayError as error:
+                        # Ray sends actors to a node that has died until it has noticed that.
+                        lost = f"; its Ray actor was lost: {one_line(error)}"
+                        self._discard()
+                    await asyncio.sleep(_AGAIN_SECONDS)
         except TimeoutError as error:
             raise NotStartedError(
                 f"found no place within {self._room_seconds:g} s: it reserves {self._room} on one "
-                "node of the Ray cluster"
+                f"node of the Ray cluster{lost}"
             ) from error
 
     def _make_actor(self) -> Any:
