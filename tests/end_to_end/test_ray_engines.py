@@ -17,8 +17,8 @@ from examples.arithmetic.make_data import write_data
 from examples.arithmetic.settings import ArithmeticSettings
 from sod_mcore.config_file import load_config
 from sod_mcore.outcome import EXIT_STOPPED
-from sod_mcore.serving.fleet import read_endpoints
-from sod_mcore.serving.weights import weight_versions
+from sod_mcore.serving.endpoints import read_endpoints
+from sod_mcore.serving.weights.update import weight_versions
 from sod_mcore.trajectory import RecordedBatch, recorded_batch_path
 from tests.end_to_end.conftest import SMALL_DATA, configuration, noisy_student
 from tests.end_to_end.programs import REPOSITORY, environment, metrics, torchrun, write_config
