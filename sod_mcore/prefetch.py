@@ -15,8 +15,8 @@ Item = TypeVar("Item")
 def prefetched(items: Iterable[Item]) -> Iterator[Iterator[Item]]:
     """The same items in the same order, each made by one thread while the one before is used.
 
-    Two items exist at a time. At the end of the block nothing is made any more: what is left of
-    ``items`` can be taken by the caller then.
+    Two items exist at a time, and a third until the caller lets go of the one before. At the end of
+    the block nothing is made any more: what is left of ``items`` can be taken by the caller then.
 
     Raises:
         Exception: what making an item raises, when that item's turn comes.

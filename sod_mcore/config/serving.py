@@ -98,7 +98,7 @@ class ServingConfig:
     """Port of the front door; 0 picks a free one."""
     placement: Literal["split", "colocated"] = "split"
     """Which GPUs engines have. split: their own. colocated: those of the trainer; then they sleep
-    while it works (docs/serving.md)."""
+    while it works (docs/placement.md)."""
     directory: str | None = None
     """Folder of the addresses and the engines' logs; null takes run.directory. Runs that name the
     same folder share the engines, one after the other."""

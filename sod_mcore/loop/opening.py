@@ -12,6 +12,8 @@ from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
 from sod_mcore.config import SodConfig
 from sod_mcore.data.prompts import PromptSource
 from sod_mcore.loop.ending import Ending
@@ -69,6 +71,8 @@ def open_session(config: SodConfig, prompts: RunPrompts, ending: Ending) -> Sess
     sleep = None
     if config.is_colocated and endpoints is not None:
         sleep = stack.enter_context(closing(_open_sleep(config, endpoints, timeline, stop)))
+    if config.is_colocated:
+        stack.callback(torch.cuda.empty_cache)  # before that wakes engines that are still asleep
     return Session(
         config,
         student,

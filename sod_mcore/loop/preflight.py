@@ -222,7 +222,9 @@ def live_endpoints(config: SodConfig) -> Endpoints:
     """
     assert config.serving is not None
     endpoints = read_endpoints(config.serving_directory)
-    wait_for_restarts(config.serving_directory, config.serving.restart_timeout_seconds)
+    # Not so long that the other ranks give up meeting this one.
+    patience = config.serving.restart_timeout_seconds, config.run.collective_timeout_seconds / 2
+    wait_for_restarts(config.serving_directory, min(patience))
     for name in endpoints.models:
         weight_versions(endpoints, name, REACHABLE_TIMEOUT_SECONDS)
     return endpoints

@@ -16,6 +16,7 @@ def call_in_thread(work: Callable[[], Result], name: str) -> Future[Result]:
     outcome: Future[Result] = Future()
 
     def run() -> None:
+        outcome.set_running_or_notify_cancel()  # nobody who stops waiting cancels it from here on
         try:
             result = work()
         except BaseException as error:

@@ -51,7 +51,7 @@ def check_placement(config: SodConfig) -> None:
         if engine.max_total_tokens is None:
             raise ConfigError(
                 f"{COLOCATED}, but {field}.max_total_tokens is null: its cache would take what the "
-                "trainer and the other engines need; give a number of tokens (docs/serving.md)"
+                "trainer and the other engines need; give a number of tokens (docs/placement.md)"
             )
 
 
@@ -68,6 +68,11 @@ def check_engines_can_sleep(config: SodConfig, endpoints: Endpoints, timeout: fl
     """
     if config.serving is None or config.serving.placement == "split":
         return
+    if endpoints.is_elsewhere:
+        raise ConfigError(
+            f"{COLOCATED}, but the engines run on {endpoints.hostname}: rank 0 must be on their "
+            "machine; start it there, or set serving.placement=split"
+        )
     state = read_fleet_state(config.serving_directory)
     for name, model in endpoints.models.items():
         ours = {s.url for s in state.servers if s.role == "engine" and s.model == name}

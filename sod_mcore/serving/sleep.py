@@ -43,6 +43,8 @@ from sod_mcore.serving.weights.update import (
 from sod_mcore.timeline import Clock, Span
 
 POLL_SECONDS = 0.5
+NOTICED_SECONDS = 3.0
+"""After it the fleet has noticed a death, for which it looks every half second."""
 WAKE, ASLEEP = "engine_wake", "engines_asleep"
 """Names of the spans: while rank 0 waits for memory to come back; from the sleep to the wake."""
 
@@ -127,7 +129,13 @@ class EngineSleep:
         if waiting:
             with self._waking():
                 await _to_all(self._resume(client, url, tag) for url in waiting)
-        for url in sleeping:  # those too that got it in a try which another one failed
+
+    def are_awake(self, engines: Sequence[str]) -> None:
+        """Take those of ``engines`` that have all their memory off the record: they answer again.
+
+        Not before: the fleet starts again what is on it when this process dies.
+        """
+        for url in set(self._asleep) & set(engines):
             if not self._asleep[url].released:
                 self._is_awake(url)
 
@@ -150,11 +158,13 @@ class EngineSleep:
             WeightUpdateError: an engine of the student does not take weights. The fleet starts
                 again what is still asleep when this process ends.
         """
-        self.end_training()
         try:
-            self.wake_others()
+            self.end_training()  # writes to a disk that may be full
         finally:
-            self._wake_student()
+            try:
+                self.wake_others()
+            finally:
+                self._wake_student()
 
     def _wake_student(self) -> None:
         engines = self._sleeping(lambda model: model == TRAINED_MODEL)
@@ -206,7 +216,7 @@ class EngineSleep:
             request = {"tags": [KV_CACHE, WEIGHTS]}
             await client.post(f"{url}/release_memory_occupation", request)
         except EngineError as error:
-            if self._has_died(error):
+            if await self._has_died(url, error):
                 self._is_awake(url)
                 return
             if error.status is not None:
@@ -228,7 +238,7 @@ class EngineSleep:
             await self._resume(client, url, KV_CACHE)
             await client.post(f"{url}/continue_generation", {})
         except EngineError as error:
-            if not self._has_died(error):
+            if not await self._has_died(url, error):
                 raise FleetError(
                     f"{model}: {url} does not take its memory back: {error}"
                 ) from error
@@ -251,18 +261,17 @@ class EngineSleep:
         """A process that has died sleeps no more; the one after it comes up awake."""
         if not self._asleep:
             return
-        try:
-            state = read_fleet_state(self._directory)
-        except FleetError:
-            state = FleetState(())  # the fleet has ended, and its engines with it
-        alive = {
-            url: sleeper
-            for url, sleeper in self._asleep.items()
-            if state.incarnations(sleeper.model).get(url) == sleeper.incarnation
-        }
+        state = self._state()
+        alive = {url: it for url, it in self._asleep.items() if _is_alive(state, url, it)}
         if len(alive) < len(self._asleep):
             self._asleep = alive
             self._write()
+
+    def _state(self) -> FleetState:
+        try:
+            return read_fleet_state(self._directory)
+        except FleetError:
+            return FleetState(())  # the fleet has ended, and its engines with it
 
     @contextmanager
     def _waking(self) -> Iterator[None]:
@@ -272,10 +281,19 @@ class EngineSleep:
         finally:
             self._note(Span(WAKE, began, self._clock()))
 
-    def _has_died(self, error: EngineError) -> bool:
-        """Whether its connection broke, so that the fleet starts it again when it may."""
+    async def _has_died(self, url: str, error: EngineError) -> bool:
+        """Whether its process is gone, so that the fleet starts it again when it may.
+
+        A connection may break for another reason; then the fleet notices no death.
+        """
         gave_no_answer = error.status is None and not isinstance(error, RequestTimeoutError)
-        return gave_no_answer and self._serving.max_restarts > 0
+        if not gave_no_answer or self._serving.max_restarts == 0:
+            return False
+        for _ in range(round(NOTICED_SECONDS / POLL_SECONDS)):
+            if not _is_alive(self._state(), url, self._asleep[url]):
+                return True
+            await asyncio.sleep(POLL_SECONDS)
+        return False
 
     def _begin_training(self) -> None:
         self._training_since = self._clock()
@@ -293,6 +311,11 @@ class EngineSleep:
     def _client(self) -> EngineClient:
         timeout = self._serving.request_timeout_seconds
         return EngineClient(self._endpoints, request_timeout_seconds=timeout, keep_alive=False)
+
+
+def _is_alive(state: FleetState, url: str, sleeper: _Sleeper) -> bool:
+    """Whether it is the process that fell asleep."""
+    return state.incarnations(sleeper.model).get(url) == sleeper.incarnation
 
 
 async def _to_all(calls: Iterable[Awaitable[None]]) -> None:

@@ -106,6 +106,18 @@ def test_a_run_that_is_asked_to_stop_wakes_them(fleet: RunningFleet) -> None:
     fleet.assert_awake()
 
 
+def test_a_run_that_fails_wakes_them(fleet: RunningFleet) -> None:
+    before = fleet.restarts()
+    with drill(fleet.train("failed"), fleet.folder / "failed", fleet.folder) as run:
+        fleet.wait_until_asleep(run)
+        run.ranks()[1].kill()
+        run.process.wait(timeout=120)
+        assert run.outcome().outcome == "failed", run.output()[-3000:]
+    assert read_sleep(fleet.folder) is None
+    assert fleet.restarts() == before
+    fleet.assert_awake()
+
+
 def test_a_run_that_is_killed_leaves_that_to_the_fleet(fleet: RunningFleet) -> None:
     before = fleet.restarts()
     with drill(fleet.train("killed"), fleet.folder / "killed", fleet.folder) as run:

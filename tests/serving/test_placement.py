@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,18 @@ def test_an_engine_of_another_fleet(tmp_path: Path) -> None:
             check_engines_can_sleep(config, endpoints, 10.0)
 
 
+def test_a_fleet_on_another_machine(tmp_path: Path) -> None:
+    """It would look for rank 0 among its own processes, and take it for dead."""
+    engines = Started()
+    engines.infos = (SAVER, KEEPER)
+    with running_engines(engines):
+        config, endpoints = fleet(tmp_path, engines.urls, "colocated")
+        record(tmp_path, engines.urls)
+        elsewhere = dataclasses.replace(endpoints, hostname="elsewhere")
+        with pytest.raises(ConfigError, match="the engines run on elsewhere: rank 0 must be on"):
+            check_engines_can_sleep(config, elsewhere, 10.0)
+
+
 def fleet(directory: Path, urls: tuple[str, ...], placement: str) -> tuple[SodConfig, Endpoints]:
     model = {"model_path": "folder", "max_total_tokens": 1000}
     tree = {
@@ -85,7 +99,7 @@ def fleet(directory: Path, urls: tuple[str, ...], placement: str) -> tuple[SodCo
         name: ModelEndpoints(name, url, (url,), "folder", 64, 100)
         for name, url in zip(("student", "teacher"), urls, strict=True)
     }
-    endpoints = Endpoints("http://127.0.0.1:9", models, 1, 1, "elsewhere")
+    endpoints = Endpoints("http://127.0.0.1:9", models, 1, 1, socket.gethostname())
     return TypeAdapter(SodConfig).validate_python(tree), endpoints
 
 

@@ -3,6 +3,7 @@ of a release that meets running requests or comes twice, and of a resume of what
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -16,13 +17,19 @@ import pytest
 from safetensors.numpy import save_file
 
 from sod_mcore.config import EngineConfig, ServingConfig
+from sod_mcore.serving.client.engine_client import EngineClient
 from sod_mcore.serving.endpoints import Endpoints, FleetError, ModelEndpoints
 from sod_mcore.serving.fleet.sleep_file import read_sleep, sleep_path
 from sod_mcore.serving.fleet.state import Condition, FleetStateFile, state_path
 from sod_mcore.serving.sleep import EngineSleep
 from sod_mcore.serving.weights.disk_transfer import DiskTransfer
 from sod_mcore.serving.weights.transfer import WeightUpdateError
-from sod_mcore.serving.weights.update import probe_logprobs, update_weights
+from sod_mcore.serving.weights.update import (
+    KV_CACHE,
+    WEIGHTS,
+    probe_logprobs,
+    update_weights,
+)
 from sod_mcore.timeline import Span
 from tests.serving.scripted_engines import ScriptedEngines, running_engines
 
@@ -224,13 +231,52 @@ def test_an_engine_that_dies_when_it_is_to_sleep(fleet: Fleet) -> None:
     gone.urls[TEACHER] = CLOSED
     gone.record(TEACHER, "ready")
     gone.sleep._endpoints = gone.endpoints
+    noticed = threading.Timer(1.0, lambda: gone.record(TEACHER, "restarting"))
+    noticed.start()
     gone.sleep.sleep()
+    noticed.join()
     record = read_sleep(fleet.directory)
     assert record is not None
     assert record.is_training
     assert record.engines == {fleet.urls[STUDENT]: 1}
     gone.wake(1)
     assert read_sleep(fleet.directory) is None
+
+
+def test_a_connection_that_breaks_is_no_death(fleet: Fleet) -> None:
+    """The process lives, as far as its fleet knows: its memory may be as it was."""
+    alive = Fleet(fleet.engines, fleet.directory)
+    alive.urls[TEACHER] = CLOSED
+    alive.record(TEACHER, "ready")
+    alive.sleep._endpoints = alive.endpoints
+    with pytest.raises(FleetError, match=f"teacher: {CLOSED} does not release its memory"):
+        alive.sleep.sleep()
+    record = read_sleep(fleet.directory)
+    assert record is not None
+    assert CLOSED in record.engines, "the fleet starts it again when this process ends"
+
+
+def test_it_is_on_the_record_until_it_answers(fleet: Fleet) -> None:
+    """A trainer that dies between the wake and the end of the pause leaves that to the fleet."""
+    fleet.sleep.sleep()
+    fleet.sleep.end_training()
+    url = fleet.urls[STUDENT]
+
+    async def wake() -> None:
+        async with EngineClient(fleet.endpoints, keep_alive=False) as client:
+            await fleet.sleep.wake(client, [url], WEIGHTS)
+            fleet.sleep.are_awake([url])
+            await fleet.sleep.wake(client, [url], KV_CACHE)
+
+    asyncio.run(wake())
+    record = read_sleep(fleet.directory)
+    assert record is not None
+    assert url in record.engines
+    fleet.sleep.are_awake([url])
+    record = read_sleep(fleet.directory)
+    assert record is not None
+    assert url not in record.engines
+    fleet.sleep.close()
 
 
 def test_an_update_that_fails_half_way_is_mended_by_the_next(fleet: Fleet) -> None:

@@ -85,7 +85,7 @@ class EngineActor:
                 log_path=order.log_path,
             )
         except OSError as error:
-            return launch.cannot_be_started(command[0], error)
+            return launch.cannot_be_started(command[0], order.log_path, error)
         return StartedEngine(address, self._child.log_start)
 
     async def wait(self) -> int:

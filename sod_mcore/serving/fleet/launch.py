@@ -165,8 +165,10 @@ def engine_gpus(engine: EngineConfig, index: int) -> tuple[int, ...]:
     return engine.gpus[index * share : (index + 1) * share]
 
 
-def cannot_be_started(python: str, error: OSError) -> str:
-    """What keeps ``serving.python`` from being executed."""
+def cannot_be_started(python: str, log_path: Path, error: OSError) -> str:
+    """What keeps ``serving.python`` from being executed, or its log from being written."""
+    if error.filename in (str(log_path), str(log_path.parent)):
+        return f"{log_path} cannot be written on {socket.gethostname()}: {error.strerror}"
     return f"serving.python is {python!r}, which cannot be started: {error}"
 
 

@@ -128,7 +128,7 @@ class LocalPlace:
                 self._name, command, environment=self._environment, log_path=self._log_path
             )
         except OSError as error:
-            raise FleetError(launch.cannot_be_started(command[0], error)) from error
+            raise FleetError(launch.cannot_be_started(command[0], self._log_path, error)) from error
         return LocalProcess(address.url, child, self._children)
 
     async def _until_port_is_free(self) -> None:

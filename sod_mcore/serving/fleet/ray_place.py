@@ -56,6 +56,8 @@ class RayProcess:
         return self._end
 
     def log_tail(self, lines: int = 30) -> str:
+        if not self._log_path.exists():
+            return "(it is not here; the folder must be shared with the nodes: docs/ray.md)"
         return log_tail(self._log_path, self._log_start, lines)
 
     async def kill(self) -> bool:

@@ -182,7 +182,6 @@ class Server:
         pause: float | None = 0.0
         if self._renewal is None:
             pause = self._budget.take(asyncio.get_running_loop().time())
-        self._renewal = None
         if pause is None:
             self._record("given up")
             tries = f" after {most} restarts in {window:g} s (serving.max_restarts)" if most else ""
@@ -211,6 +210,7 @@ class Server:
         timeout = self._serving.start_timeout_seconds
         try:
             async with asyncio.timeout(timeout):
+                self._renewal = None  # this start has the command line that it asks for
                 process = await self._start_process(anew=False)
                 self._restarts += 1
                 self._record("restarting")

@@ -102,9 +102,8 @@ def wait_for_restarts(directory: Path, timeout_seconds: float) -> None:
     while names := _restarting(directory):
         if time.monotonic() > deadline:
             raise FleetError(
-                f"{', '.join(names)}: died, and not ready again within "
-                f"serving.restart_timeout_seconds={timeout_seconds:g}; raise it where a start "
-                f"takes longer; the logs are in {state_path(directory).parent}"
+                f"{', '.join(names)}: died, and not ready again within {timeout_seconds:g} s; "
+                f"start the run when it is; the logs are in {state_path(directory).parent}"
             )
         time.sleep(POLL_SECONDS)
 

@@ -50,6 +50,9 @@ class SleepingEngines(Protocol):
             EngineError: an engine refused or did not answer.
         """
 
+    def are_awake(self, engines: Sequence[str]) -> None:
+        """Hear that these answer requests again."""
+
 
 def update_weights(
     endpoints: Endpoints,
@@ -185,6 +188,8 @@ async def _update_all(
             if sleep is not None:
                 await sleep.wake(client, served.engines, KV_CACHE)
             await post_to_all(client, served.engines, "continue_generation", {})
+            if sleep is not None:
+                sleep.are_awake(served.engines)
         except (EngineError, WeightUpdateError) as error:
             raise WeightUpdateError(f"{model}: version {version} not loaded: {error}") from error
 

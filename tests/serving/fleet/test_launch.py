@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,19 @@ def test_cache_without_a_gpu(
 ) -> None:
     engine = EngineConfig(model_path=str(tmp_path))
     assert launch.default_cpu_tokens(engine, folder(tmp_path, **changes), running) == expected
+
+
+def test_what_keeps_a_process_from_starting(tmp_path: Path) -> None:
+    """A node may have no such folder for the log, which is not the interpreter's fault."""
+    log_path = tmp_path / "serving" / "student_engine_0.log"
+    for name in (log_path, log_path.parent):
+        error = OSError(errno.EACCES, "Permission denied", str(name))
+        said = launch.cannot_be_started("bin/python", log_path, error)
+        assert said.startswith(f"{log_path} cannot be written on ")
+        assert said.endswith(": Permission denied")
+    error = OSError(errno.ENOENT, "No such file or directory", "bin/python")
+    said = launch.cannot_be_started("bin/python", log_path, error)
+    assert said.startswith("serving.python is 'bin/python', which cannot be started")
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
