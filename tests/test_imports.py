@@ -18,7 +18,6 @@ FOR_ALL = {
     "files",
     "outcome",
     "platform",
-    "prefetch",
     "timeline",
     "user_functions",
 }
@@ -38,7 +37,6 @@ MAY_IMPORT = {
     "ops": {"algorithm"},
     "outcome": set(),
     "platform": set(),
-    "prefetch": set(),
     "ray_cluster": set(),
     "report": set(),
     "rewards": {"tools"},

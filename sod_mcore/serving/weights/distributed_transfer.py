@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sod_mcore.prefetch import prefetched
 from sod_mcore.serving.client.engine_client import EngineClient
 from sod_mcore.serving.endpoints import ModelEndpoints
 from sod_mcore.serving.weights.kept_groups import KeptGroups
+from sod_mcore.serving.weights.prefetch import prefetched
 from sod_mcore.serving.weights.receivers import close_receivers, open_receivers
 from sod_mcore.serving.weights.tensor_check import Bucket, checked_buckets, engine_shapes
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import orjson
 import torch
 
-from sod_mcore.prefetch import prefetched
 from sod_mcore.serving.client.engine_client import EngineClient
 from sod_mcore.serving.endpoints import ModelEndpoints
 from sod_mcore.serving.weights.receivers import Receiver, close_receivers, open_receivers
@@ -31,8 +30,8 @@ class TensorTransfer:
     """The whole model's tensors, in buckets.
 
     Attributes:
-        buckets: consumed once. While the pickle of one is sent, the next one and its pickle are
-            made.
+        buckets: consumed once, one at a time. While one is sent, its tensors and their pickle are
+            in memory.
     """
 
     buckets: Iterable[Bucket]
@@ -44,17 +43,15 @@ class TensorTransfer:
     async def send(
         self, client: EngineClient, endpoints: ModelEndpoints, version: int, *, flush_cache: bool
     ) -> None:
-        """Give each bucket to every engine before the next one is sent.
+        """Give each bucket to every engine before the next one is made.
 
         Raises:
             EngineError: an engine refused or did not answer; its weights are now of two versions.
             WeightUpdateError: a tensor does not fit the engine, or one is missing at the end.
         """
         receivers = await open_receivers(client, endpoints.engines)
-        checked = checked_buckets(self.buckets, engine_shapes(endpoints))
-        with prefetched(map(_pickled, checked)) as payloads:
-            for payload in payloads:
-                await _send_to_all(client, receivers, payload)
+        for bucket in checked_buckets(self.buckets, engine_shapes(endpoints)):
+            await _send_to_all(client, receivers, _pickled(bucket))
         # An empty bucket closes the update: only now has an engine the whole of the new version.
         await _send_to_all(client, receivers, _pickled([]), version, flush_cache=flush_cache)
         await close_receivers(client, receivers)

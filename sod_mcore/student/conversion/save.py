@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sod_mcore.files import atomic_folder, naming_full_disk
-from sod_mcore.prefetch import prefetched
 from sod_mcore.student.conversion.export import NamedTensors
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -34,8 +33,7 @@ def save_hf_folder(
     """Write ``destination`` from weights and from the other files of ``source``.
 
     Args:
-        buckets: each becomes one file; empty buckets are left out. While one is written, the next
-            one is made, by another thread.
+        buckets: each becomes one file; empty buckets are left out.
         source: Hugging Face folder whose configuration, tokenizer and chat template are copied.
         destination: an existing folder of this name is replaced.
         dtype: dtype of the weights; None keeps that of the tensors.
@@ -45,8 +43,7 @@ def save_hf_folder(
             with the name ``destination``.
     """
     with naming_full_disk(Path(destination)), atomic_folder(Path(destination)) as folder:
-        with prefetched(buckets) as next_buckets:
-            written = _write_weights(next_buckets, folder, dtype)
+        written = _write_weights(buckets, folder, dtype)
         for path in sorted(Path(source).iterdir()):
             if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
                 shutil.copyfile(path, folder / path.name)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sod_mcore.prefetch import prefetched
+from sod_mcore.serving.weights.prefetch import prefetched
 
 PATIENCE = 30.0
 
