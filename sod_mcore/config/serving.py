@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
@@ -22,6 +23,19 @@ def _check_teacher_name(name: str) -> str:
     return name
 
 
+def _check_address(address: str) -> str:
+    try:
+        parts = urlsplit(address)
+        is_complete = parts.scheme in ("http", "https") and parts.hostname and parts.port
+    except ValueError:
+        is_complete = False
+    if not is_complete:
+        raise ValueError(f"{address!r} is no address of an engine; write http://host:port")
+    return address.rstrip("/")
+
+
+EngineAddress = Annotated[str, AfterValidator(_check_address)]
+"""http://host:port, without a path."""
 TeacherName = Annotated[str, AfterValidator(_check_teacher_name)]
 """A name that can be part of a file name and of ``key.sub=value``, and is not taken."""
 
@@ -34,7 +48,7 @@ class EngineConfig:
     """Hugging Face folder that the engine loads."""
     engines: Positive = 1
     """Engine processes (replicas)."""
-    addresses: tuple[str, ...] = ()
+    addresses: tuple[EngineAddress, ...] = ()
     """Engines that somebody else runs, as http://host:port; then none is started."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Precision of weights and activations in the engine."""

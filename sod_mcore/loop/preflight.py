@@ -38,6 +38,7 @@ from sod_mcore.rollout.open_pool import check_pool
 from sod_mcore.rollout.teacher import teacher_model
 from sod_mcore.serving.client.json_http import EngineError
 from sod_mcore.serving.endpoints import Endpoints, FleetError, read_endpoints
+from sod_mcore.serving.fleet.ray_room import check_engines_on
 from sod_mcore.serving.fleet.state import wait_for_restarts
 from sod_mcore.serving.placement import check_engines_can_sleep, check_placement
 from sod_mcore.serving.weights.tensor_check import engine_shapes
@@ -117,7 +118,10 @@ def check_settings(config: SodConfig) -> None:
         )
     if config.run.replay is None and config.serving is None:
         raise ConfigError("serving is missing; configure the engines, or give run.replay")
+    if config.serving is not None:
+        check_engines_on(config.serving)
     _check_signal(algorithm)
+    _check_importance(algorithm)
     _check_staleness(config)
     check_placement(config)
     check_teacher_settings(config)
@@ -142,6 +146,24 @@ def _check_signal(algorithm: AlgorithmConfig) -> None:
         raise ConfigError(
             f"algorithm.topk.k is {algorithm.topk.k}, but algorithm.distillation is none; set that "
             "to topk_loss, or topk.k to 0"
+        )
+
+
+def _check_importance(algorithm: AlgorithmConfig) -> None:
+    """Importance weights scale advantages, by the ratio to what sampled."""
+    if algorithm.tis_cap is None:
+        return
+    if algorithm.old_logprobs == "rollout":
+        raise ConfigError(
+            f"algorithm.tis_cap is {algorithm.tis_cap:g}, but algorithm.old_logprobs is rollout: "
+            "the policy that it compares with is the one that sampled, so that nothing would be "
+            "weighed; leave tis_cap out, or set old_logprobs=recompute"
+        )
+    if algorithm.grpo_coefficient == 0 and algorithm.distillation != "advantage":
+        raise ConfigError(
+            f"algorithm.tis_cap is {algorithm.tis_cap:g}, but it scales advantages, and with "
+            f"grpo_coefficient=0 and distillation={algorithm.distillation} there are none; leave "
+            "it out, or give one of them"
         )
 
 

@@ -125,7 +125,10 @@ def read_endpoints(directory: Path) -> Endpoints:
     try:
         tree: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise FleetError(f"there are no engines: {path} does not exist; {start}") from None
+        raise FleetError(
+            f"there are no engines: {path} does not exist; {start} (with serving.*.addresses it "
+            "starts none, but checks those that are there and writes the file)"
+        ) from None
     except json.JSONDecodeError as error:
         raise FleetError(f"{path} is not JSON ({error}); delete it and {start}") from error
     try:

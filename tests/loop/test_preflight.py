@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,52 @@ def test_engines_that_cannot_sleep(
     assert "serving.placement=split" in found or "give a number of tokens" in found
     tree["serving"]["placement"] = "split"
     assert "python -m sod_mcore.serving" in problem(tree)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        ({"old_logprobs": "rollout"}, "but algorithm.old_logprobs is rollout"),
+        (
+            {"grpo_coefficient": 0.0, "distillation": "topk_loss", "topk": {"k": 4}},
+            "with grpo_coefficient=0 and distillation=topk_loss there are none",
+        ),
+    ],
+)
+def test_importance_weights_that_weigh_nothing(
+    tree: dict[str, Any], algorithm: dict[str, Any], expected: str
+) -> None:
+    tree["algorithm"] |= {"tis_cap": 2.0, **algorithm}
+    found = problem(tree)
+    assert found.startswith("algorithm.tis_cap is 2, but ")
+    assert expected in found
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"engines": 2, "gpus": [3, 4, 5]}, "serving.student.gpus is [3, 4, 5], which 2 engines"),
+        (
+            {"gpus": [3], "addresses": ["http://a:1"]},
+            "serving.student.gpus is [3], but serving.student.addresses names engines",
+        ),
+        ({"ray_gpus": 2}, "serving.student.ray_gpus is 2, but serving.engines_on is local"),
+    ],
+)
+def test_gpus_that_engines_cannot_have(
+    tree: dict[str, Any], engine: dict[str, Any], expected: str
+) -> None:
+    """Said by the run as by the fleet, so that a check without engines finds it."""
+    tree["serving"]["student"] |= engine
+    assert problem(tree).startswith(expected)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5:30000", "http://10.0.0.5", "engine", "http://a:b"])
+def test_addresses_that_are_none(tree: dict[str, Any], address: str) -> None:
+    tree["serving"]["student"]["addresses"] = [address]
+    expected = f"{address!r} is no address of an engine; write http://host:port"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        problem(tree)
 
 
 def test_a_broadcast_to_engines_on_a_cpu(tree: dict[str, Any]) -> None:

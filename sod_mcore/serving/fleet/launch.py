@@ -150,6 +150,23 @@ def num_gpus(engine: EngineConfig, index: int) -> int:
     return engine.ray_gpus or max(1, len(engine_gpus(engine, index)))
 
 
+def check_gpus(field: str, engine: EngineConfig) -> None:
+    """Refuse GPUs that the engines of a model cannot have; ``field`` is the section.
+
+    Raises:
+        ConfigError: they cannot be shared evenly, or the engines are somebody else's.
+    """
+    if engine.gpus and engine.addresses:
+        raise ConfigError(
+            f"{field}.gpus is {list(engine.gpus)}, but {field}.addresses names engines that "
+            "somebody else runs, on GPUs of their own; leave one of them out"
+        )
+    try:
+        engine_gpus(engine, 0)
+    except ConfigError as error:
+        raise ConfigError(f"{field}.{error}") from error
+
+
 def engine_gpus(engine: EngineConfig, index: int) -> tuple[int, ...]:
     """The GPUs of replica ``index``: an even share of the model's, in order.
 

@@ -54,7 +54,7 @@ class Node:
 
 
 def check_engines_on(serving: ServingConfig) -> None:
-    """Find what is wrong with the settings of where engines are started.
+    """Find what is wrong with the settings of where engines are started, and on which GPUs.
 
     Raises:
         ConfigError: one line, whatever it is.
@@ -66,6 +66,7 @@ def check_engines_on(serving: ServingConfig) -> None:
             "that to ray, or leave the address out"
         )
     for name, engine in serving.models.items():
+        launch.check_gpus(serving_field(name), engine)
         _check_engine(serving_field(name), engine, is_on_ray)
     if is_on_ray:
         check_installed("serving.engines_on", "serving.engines_on=local")

@@ -68,6 +68,7 @@ class Fleet:
         self._engines: dict[str, list[Server]] = {}
         self._routers: dict[str, Server] = {}
         self._endpoints: Endpoints | None = None
+        self._awaited: set[str] = set()
         self._states = FleetStateFile(directory)
         self.children = Children()
 
@@ -100,7 +101,7 @@ class Fleet:
         except TimeoutError as error:
             raise FleetError(
                 f"the engines were not ready within serving.start_timeout_seconds={timeout:g}; "
-                f"the last lines of their logs:\n{self._all_tails()}"
+                f"{self._unanswered()}the last lines of their logs:\n{self._all_tails()}"
             ) from error
         self._front_door = FrontDoor(
             {model.name: model.route for model in started},
@@ -164,9 +165,9 @@ class Fleet:
     ) -> ModelEndpoints:
         begin = time.monotonic()
         if engine.addresses:
-            urls = [address.rstrip("/") for address in engine.addresses]
+            urls = list(engine.addresses)
             self._say(f"{name}: waiting for {', '.join(urls)}")
-            await _all_or_first_error([until_ready(f"{url}/health") for url in urls])
+            await _all_or_first_error([self._until_answered(url) for url in urls])
         else:
             self._say(
                 f"{name}: starting {engine.engines} engine(s) on {self._device} "
@@ -256,6 +257,16 @@ class Fleet:
         self._endpoints = dataclasses.replace(self._endpoints, models=models)
         write_endpoints(self._endpoints, self._directory)
         self._routers[name].renew(f"must hear that {moved.spec.name} is at {moved.url}")
+
+    async def _until_answered(self, url: str) -> None:
+        """Wait for an engine that somebody else runs."""
+        self._awaited.add(url)
+        await until_ready(f"{url}/health")
+        self._awaited.remove(url)
+
+    def _unanswered(self) -> str:
+        urls = ", ".join(sorted(self._awaited))
+        return f"nothing answered {urls} (/health) with 200; " if urls else ""
 
     def _log_path(self, name: str) -> Path:
         return self._directory / "serving" / f"{name}.log"
