@@ -262,7 +262,7 @@ class Fleet:
         """Wait for an engine that somebody else runs."""
         self._awaited.add(url)
         await until_ready(f"{url}/health")
-        self._awaited.remove(url)
+        self._awaited.discard(url)  # two models may have the same engine
 
     def _unanswered(self) -> str:
         urls = ", ".join(sorted(self._awaited))

@@ -26,6 +26,7 @@ from sod_mcore.serving.endpoints import (
     read_endpoints,
     write_endpoints,
 )
+from sod_mcore.serving.fleet.launch import free_port
 from tests.serving.processes import Process, descendants, wait_until_gone
 
 REPOSITORY = Path(__file__).parents[3]
@@ -374,3 +375,13 @@ def test_addresses_of_another_process_with_the_same_pid(tmp_path: Path) -> None:
         read_endpoints(tmp_path)
     write_endpoints(dataclasses.replace(endpoints, hostname="elsewhere"), tmp_path)
     assert read_endpoints(tmp_path).pid == os.getpid()
+
+
+def test_an_address_where_nothing_answers_is_named(setup: Setup) -> None:
+    nobody = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    overrides = (f"serving.student.addresses=[{nobody}]", "serving.start_timeout_seconds=15")
+    with setup.serve("true", overrides=overrides) as serving:
+        assert serving.wait() == 1
+    assert f"start_timeout_seconds=15; nothing answered {nobody} (/health) with 200;" in (
+        serving.text()
+    )
