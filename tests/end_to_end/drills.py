@@ -159,6 +159,12 @@ def steps_of(run_directory: Path) -> list[int]:
     return [line["step"] for line in metrics(run_directory)]
 
 
+def wait_for_rollout(it: Drill, step: int) -> None:
+    """Until the first trajectories of ``step`` (counted from 0) are there, and most are not."""
+    it.wait_for_step(step)
+    it.wait_until(lambda: "rollout and scoring" in it.output().rpartition(f"step {step}/")[2])
+
+
 def saved_step(run_directory: Path) -> int:
     """The step of the newest checkpoint; 0 without one."""
     latest = run_directory / "checkpoints" / "latest"

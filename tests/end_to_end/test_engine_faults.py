@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from sod_mcore.serving.fleet.state import ServerState, read_fleet_state
 from sod_mcore.trajectory import RecordedBatch, Trajectory, recorded_batch_path
 from tests.end_to_end.conftest import LiveRun
-from tests.end_to_end.drills import Drill, drill, send, steps_of
+from tests.end_to_end.drills import Drill, drill, send, steps_of, wait_for_rollout
 from tests.end_to_end.engine_drills import process_of, server
 from tests.end_to_end.programs import TEACHER, metrics, torchrun, write_config
 
@@ -96,14 +96,6 @@ def configuration(live_run: LiveRun, run: Path) -> dict[str, Any]:
     tree["evaluation"] = {}
     tree["report"] = {"wandb": "disabled"}
     return tree
-
-
-def wait_for_rollout(it: Drill, step: int) -> None:
-    """Until the first trajectories of ``step`` (counted from 0) are there, and most are not."""
-    it.wait_until(lambda: step in steps_of(it.run_directory))
-    it.wait_until(
-        lambda: "rollout and scoring" in it.output().rpartition(f"step {step}/{STEPS}")[2]
-    )
 
 
 def seconds_until_back(it: Drill, name: str, number: signal.Signals) -> float:

@@ -17,7 +17,13 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.end_to_end.conftest import LiveRun
-from tests.end_to_end.drills import Drill, assert_continues, drill, saved_step, send
+from tests.end_to_end.drills import (
+    assert_continues,
+    drill,
+    saved_step,
+    send,
+    wait_for_rollout,
+)
 from tests.end_to_end.programs import torchrun, write_config
 
 pytestmark = pytest.mark.long
@@ -66,17 +72,11 @@ def train(config: Path, *overrides: str) -> list[str]:
     return torchrun(2, "pretrain_sod.py", str(config), *overrides)
 
 
-def wait_for_second_rollout(it: Drill) -> None:
-    """Until the first trajectories of the second step are there, and most are not."""
-    it.wait_for_step(1)
-    it.wait_until(lambda: "rollout and scoring" in it.output().rpartition("step 1/")[2])
-
-
 def test_sigterm_in_a_rollout(config: Path, tmp_path: Path, record_property: Record) -> None:
     """The rollout is given up; the step before it is saved."""
     run = tmp_path / "run"
     with drill(train(config), run, tmp_path) as it:
-        wait_for_second_rollout(it)
+        wait_for_rollout(it, 1)
         seconds = it.seconds_to_end(lambda: send(it.process, signal.SIGTERM))
         record_property("seconds_until_gone", round(seconds, 1))
         assert (it.outcome().outcome, it.outcome().reason) == ("stopped", "SIGTERM")
@@ -88,7 +88,7 @@ def test_sigterm_in_a_rollout(config: Path, tmp_path: Path, record_property: Rec
 def test_a_killed_rollout_process(config: Path, tmp_path: Path, record_property: Record) -> None:
     run = tmp_path / "run"
     with drill(train(config), run, tmp_path) as it:
-        wait_for_second_rollout(it)
+        wait_for_rollout(it, 1)
         worker = it.member("sod_mcore.rollout.worker")
         seconds = it.seconds_to_end(lambda: send(worker, signal.SIGKILL))
         record_property("seconds_until_gone", round(seconds, 1))
@@ -124,7 +124,7 @@ def test_a_killed_engine(live_run: LiveRun, tmp_path: Path, record_property: Rec
     config = configuration(live_run, run, None)
     command = [*SERVE, str(config), "serving.max_restarts=0", "--", *train(config)]
     with drill(command, run, tmp_path) as it:
-        wait_for_second_rollout(it)
+        wait_for_rollout(it, 1)
         engine = student_engine(it.members(), live_run.tree["serving"]["student"]["model_path"])
         seconds = it.seconds_to_end(lambda: send(engine, signal.SIGKILL))
         record_property("seconds_until_gone", round(seconds, 1))

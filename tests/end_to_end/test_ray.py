@@ -22,7 +22,7 @@ import pytest
 
 from sod_mcore.trajectory import RecordedBatch, recorded_batch_path
 from tests.end_to_end.conftest import LiveRun
-from tests.end_to_end.drills import Drill, drill, send, steps_of
+from tests.end_to_end.drills import Drill, drill, send, wait_for_rollout
 from tests.end_to_end.programs import TEACHER, metrics, torchrun, write_config
 from tests.end_to_end.test_live import input_logprobs
 from tests.serving.processes import Process, descendants, wait_until_gone
@@ -126,7 +126,7 @@ def killed(
     replacements: list[Replacement] = []
 
     def kill_one(it: Drill) -> None:
-        wait_for_rollout(it, KILLED_IN, STEPS["killed"])
+        wait_for_rollout(it, KILLED_IN)
         name = f"version_{KILLED_IN:06d}"
         shutil.copytree(folder / "run" / "weights" / name, folder / name)
         replacements.append(kill_actor(it))
@@ -160,7 +160,7 @@ def play(
     record = ["--record", str(folder / "recordings")]
     command = torchrun(2, "pretrain_sod.py", str(config), *record)
     with drill(command, folder / "run", folder) as it:
-        wait_for_rollout(it, 0, STEPS[name])
+        wait_for_rollout(it, 0)
         family = descendants(it.process.pid)
         ray_folder = folder_of_ray(family)
         assert ray_folder.is_dir()
@@ -172,14 +172,6 @@ def play(
         assert not it.members()
         initial = Path(live_run.tree["student"]["model_path"])
         return RayRun(folder, initial, code, it.output(), frozenset(left), ray_folder, niceness)
-
-
-def wait_for_rollout(it: Drill, step: int, steps: int) -> None:
-    """Until the pool has the prompts of ``step``."""
-    it.wait_until(lambda: step in steps_of(it.run_directory))
-    it.wait_until(
-        lambda: "rollout and scoring" in it.output().rpartition(f"step {step}/{steps}")[2]
-    )
 
 
 def folder_of_ray(family: set[Process]) -> Path:
