@@ -18,6 +18,7 @@ FOR_ALL = {
     "files",
     "outcome",
     "platform",
+    "tasks",
     "timeline",
     "user_functions",
 }
@@ -45,6 +46,7 @@ MAY_IMPORT = {
     "slurm": set(),
     "student": {"ops", "algorithm"},
     "tools": set(),
+    "tasks": set(),
     "timeline": set(),
     "trajectory": set(),
     "user_functions": set(),

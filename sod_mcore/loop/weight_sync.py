@@ -27,6 +27,7 @@ from sod_mcore.config import ServingConfig
 from sod_mcore.loop.engine_watch import EngineWatch
 from sod_mcore.serving.client.json_http import EngineError
 from sod_mcore.serving.endpoints import Endpoints
+from sod_mcore.serving.fleet.state import NOTICED_SECONDS
 from sod_mcore.serving.sleep import EngineSleep
 from sod_mcore.serving.weights.disk_transfer import DiskTransfer
 from sod_mcore.serving.weights.distributed_transfer import DistributedTransfer
@@ -44,8 +45,6 @@ PROBE_TOKENS = 64
 KEPT_VERSIONS = 2
 SEND_ATTEMPTS = 4
 """Tries of one version, of which all but the first follow the death of an engine."""
-NOTICED_SECONDS = 3.0
-"""After it the fleet has noticed a death, for which it looks every half second."""
 
 
 class WeightMismatchError(RuntimeError):

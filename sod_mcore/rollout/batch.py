@@ -12,7 +12,7 @@ from functools import partial
 from sod_mcore.rollout.group import BatchServices, Group, GroupResult
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.slots import Slots
-from sod_mcore.rollout.tasks import first_of
+from sod_mcore.tasks import first_of
 from sod_mcore.timeline import SpanRecorder, Spans
 
 

@@ -22,7 +22,7 @@ from typing import Protocol
 from sod_mcore.rewards import RewardResult
 from sod_mcore.rollout.lanes import Lanes, Track, open_track
 from sod_mcore.rollout.request import RolloutRequest
-from sod_mcore.rollout.tasks import all_or_first_error, cancel
+from sod_mcore.tasks import all_or_first_error, cancel
 from sod_mcore.timeline import SpanRecorder
 from sod_mcore.trajectory import Prompt, Trajectory
 

@@ -31,7 +31,12 @@ from sod_mcore.serving.client.engine_client import EngineClient
 from sod_mcore.serving.client.json_http import EngineError, RequestTimeoutError
 from sod_mcore.serving.endpoints import Endpoints, FleetError
 from sod_mcore.serving.fleet.sleep_file import write_sleep
-from sod_mcore.serving.fleet.state import FleetState, read_fleet_state
+from sod_mcore.serving.fleet.state import (
+    NOTICED_SECONDS,
+    POLL_SECONDS,
+    FleetState,
+    read_fleet_state,
+)
 from sod_mcore.serving.weights.disk_transfer import DiskTransfer
 from sod_mcore.serving.weights.update import (
     KV_CACHE,
@@ -42,9 +47,6 @@ from sod_mcore.serving.weights.update import (
 )
 from sod_mcore.timeline import Clock, Span
 
-POLL_SECONDS = 0.5
-NOTICED_SECONDS = 3.0
-"""After it the fleet has noticed a death, for which it looks every half second."""
 WAKE, ASLEEP = "engine_wake", "engines_asleep"
 """Names of the spans: while rank 0 waits for memory to come back; from the sleep to the wake."""
 

@@ -26,7 +26,7 @@ from sod_mcore.rollout.on_ray.group_messages import (
 from sod_mcore.rollout.pool import PoolSettings, describe_failure
 from sod_mcore.rollout.services import RolloutServices, open_services
 from sod_mcore.rollout.slots import Slots
-from sod_mcore.rollout.tasks import cancel
+from sod_mcore.tasks import cancel
 from sod_mcore.timeline import SpanRecorder
 
 _PROGRESS_SECONDS = 0.25

@@ -29,8 +29,8 @@ from sod_mcore.rollout.pool import (
     describe_failure,
 )
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
-from sod_mcore.rollout.tasks import all_or_first_error, cancel
 from sod_mcore.serving.client.counters import ClientCounters, total
+from sod_mcore.tasks import all_or_first_error, cancel
 
 _AGAIN_SECONDS = 1.0
 """Between two tries to put an actor in the place of one that died."""

@@ -17,6 +17,8 @@ from sod_mcore.files import write_text
 from sod_mcore.serving.endpoints import FleetError
 
 POLL_SECONDS = 0.5
+NOTICED_SECONDS = 3.0
+"""After it the fleet has noticed a death, for which it looks every half second."""
 
 Role = Literal["engine", "router"]
 Condition = Literal["starting", "ready", "restarting", "given up"]

@@ -7,10 +7,10 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -38,11 +38,10 @@ from sod_mcore.serving.fleet.self_test import check_scoring
 from sod_mcore.serving.fleet.server import Server, ServerSpec, answer_status, until_ready
 from sod_mcore.serving.fleet.sleep_file import sleep_path
 from sod_mcore.serving.fleet.state import FleetStateFile
+from sod_mcore.tasks import all_or_first_error
 
 if TYPE_CHECKING:
     from sod_mcore.serving.fleet.ray_nodes import RayNodes
-
-Result = TypeVar("Result")
 
 
 class Fleet:
@@ -95,7 +94,7 @@ class Fleet:
         timeout = self._serving.start_timeout_seconds
         try:
             async with asyncio.timeout(timeout):
-                started = await _all_or_first_error(
+                started = await all_or_first_error(
                     [self._start_model(name, models[name], folders[name]) for name in models]
                 )
         except TimeoutError as error:
@@ -130,7 +129,7 @@ class Fleet:
         watched = [server.keep() for server in self._servers]
         if self._nodes is not None:
             watched.append(self._nodes.watch())
-        await _all_or_first_error(watched)
+        await all_or_first_error(watched)
         await asyncio.Event().wait()  # nothing here is ours
 
     async def stop(self) -> None:
@@ -167,7 +166,7 @@ class Fleet:
         if engine.addresses:
             urls = list(engine.addresses)
             self._say(f"{name}: waiting for {', '.join(urls)}")
-            await _all_or_first_error([self._until_answered(url) for url in urls])
+            await all_or_first_error([self._until_answered(url) for url in urls])
         else:
             self._say(
                 f"{name}: starting {engine.engines} engine(s) on {self._device} "
@@ -175,7 +174,7 @@ class Fleet:
             )
             engines = [self._engine(name, engine, folder, i) for i in range(engine.engines)]
             self._engines[name] = engines
-            urls = await _all_or_first_error([server.start() for server in engines])
+            urls = await all_or_first_error([server.start() for server in engines])
         if len(urls) == 1 and engine.addresses:
             route = urls[0]
         else:
@@ -315,14 +314,3 @@ async def _front_door_answers(endpoints: Endpoints) -> bool:
         return True
     async with aiohttp.ClientSession() as session:
         return await answer_status(session, f"{endpoints.front_door}/health", 30.0) == 200
-
-
-async def _all_or_first_error(pending: Sequence[Awaitable[Result]]) -> list[Result]:
-    """Await all at once; the first error ends the others and is raised."""
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in pending]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
