@@ -23,7 +23,7 @@ SCRIPTED_LOGPROB = -1.0
 
 
 class Answering(Protocol):
-    """Gives the body of a score's answer; a context manager on the server's event loop."""
+    """Gives the body of a score's answer, on the server's event loop."""
 
     async def start(self) -> None: ...
 

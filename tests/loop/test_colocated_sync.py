@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,16 +21,9 @@ from sod_mcore.serving.fleet.state import FleetStateFile
 from sod_mcore.serving.sleep import EngineSleep
 from tests.serving.scripted_engines import ScriptedEngines, running_engines
 
+pytestmark = pytest.mark.usefixtures("world_of_one")
+
 STUDENT, TEACHER = 0, 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one rank."""
-    store = tmp_path_factory.mktemp("world") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,6 +16,8 @@ from sod_mcore.loop.session import Rollouts, Session
 from sod_mcore.loop.stop import StopRequested
 from sod_mcore.rollout.pool import RolloutInterruptedError
 from sod_mcore.trajectory import Prompt, RecordedBatch
+
+pytestmark = pytest.mark.usefixtures("world_of_one")
 
 STEP = 3
 
@@ -63,15 +64,6 @@ class Story:
         if self.told.count("interrupted") < self.interruptions:
             self.told.append("interrupted")
             raise RolloutInterruptedError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one rank."""
-    store = tmp_path_factory.mktemp("world") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def session_of(story: Story, folder: Path, placement: str | None = None) -> Session:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-import pytest
 
 from sod_mcore.serving.endpoints import process_start_ticks
 from sod_mcore.serving.fleet import watchdog
+from tests.ray_cluster.clusters import started_cluster
 from tests.serving.processes import Process, leader_at
 
 HEAD = "127.0.0.1"
@@ -25,22 +24,11 @@ CPUS, GPUS = 2, 2
 @contextmanager
 def nodes_on_loopback() -> Iterator[Any]:
     """The head and two workers, which Ray believes to have two GPUs each."""
-    folder = tempfile.TemporaryDirectory(prefix="ray_", dir="/tmp", ignore_cleanup_errors=True)
-    with folder as name, pytest.MonkeyPatch.context() as patch:
-        # Read when Ray is first imported, which is here, and by the fleets that tests start.
-        patch.setenv("RAY_TMPDIR", name)
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 1, "node_ip_address": HEAD, "include_dashboard": False}
-        started = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            for host in WORKERS:
-                add_node(started, host)
-            yield started
-        finally:
-            started.shutdown()
+    head = {"num_cpus": 1, "node_ip_address": HEAD, "include_dashboard": False}
+    with started_cluster(head) as cluster:
+        for host in WORKERS:
+            add_node(cluster, host)
+        yield cluster
 
 
 def add_node(cluster: Any, host: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from sod_mcore.rollout.on_ray.ray_handle import RayHandle
 from sod_mcore.rollout.open_pool import check_pool, open_pool
 from sod_mcore.rollout.pool import PoolSettings, RolloutError
 from sod_mcore.rollout.request import RolloutProgress
+from tests.ray_cluster.clusters import started_cluster
 from tests.rollout.input_engine import InputEngine, pool_settings, served, sums, write_fleet
 from tests.rollout.test_pools_alike import assert_same
 
@@ -34,21 +34,10 @@ REQUEST = sums(12, samples=2)
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Three nodes with room for two actors each, on the loopback interface."""
-    folder = tempfile.TemporaryDirectory(prefix="ray_", dir="/tmp", ignore_cleanup_errors=True)
-    with folder as name, pytest.MonkeyPatch.context() as patch:
-        # Read when Ray is first imported, which is here.
-        patch.setenv("RAY_TMPDIR", name)
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
-
-        started = Cluster(initialize_head=True, head_node_args=node_options())
-        try:
-            for _ in range(NODES - 1):
-                started.add_node(**node_options())
-            yield started
-        finally:
-            started.shutdown()
+    with started_cluster(node_options()) as started:
+        for _ in range(NODES - 1):
+            started.add_node(**node_options())
+        yield started
 
 
 def node_options() -> dict[str, Any]:
