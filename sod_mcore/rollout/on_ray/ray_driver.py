@@ -32,6 +32,8 @@ from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutRe
 from sod_mcore.serving.client.counters import ClientCounters, total
 from sod_mcore.tasks import all_or_first_error, cancel
 
+START_TRIES = 3
+"""Of an actor in a new pool: Ray sends it to a node that has died until it has noticed that."""
 _AGAIN_SECONDS = 1.0
 """Between two tries to put an actor in the place of one that died."""
 
@@ -151,11 +153,7 @@ class RayDriver:
         Raises:
             RolloutError: one did not start.
         """
-        timeout = self._start_timeout_seconds
-        try:
-            await all_or_first_error([self._start(member, timeout) for member in self._members])
-        except ActorLostError as error:
-            raise RolloutError(f"a rollout actor died at its start: {error}") from error
+        await all_or_first_error([self._start_first(member) for member in self._members])
         for member in self._members:
             self._spawn(self._attend(member))
         self._spawn(self._watch())
@@ -325,6 +323,19 @@ class RayDriver:
         )
         for batch in self._batches.values():
             self._give(member, batch.groups)
+
+    async def _start_first(self, member: _Member) -> None:
+        for number in range(1, START_TRIES + 1):
+            try:
+                await self._start(member, self._start_timeout_seconds)
+                return
+            except ActorLostError as error:
+                if number == START_TRIES:
+                    raise RolloutError(
+                        f"a rollout actor died at its start, {number} times: {error}"
+                    ) from error
+                logger.warning("rollout actor %d died at its start: %s", member.number, error)
+            await asyncio.sleep(_AGAIN_SECONDS)
 
     async def _start_again(self, member: _Member, cause: str) -> None:
         loop = asyncio.get_running_loop()

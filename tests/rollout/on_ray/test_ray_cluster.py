@@ -112,6 +112,19 @@ def test_a_node_is_killed_in_the_middle(cluster: Any, engine: InputEngine, tmp_p
         assert found.token_ids.flags.writeable
 
 
+def test_a_pool_starts_beside_a_node_that_has_just_died(
+    cluster: Any, engine: InputEngine, tmp_path: Path
+) -> None:
+    """Ray sends actors there until it has noticed."""
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    try:
+        with open_pool(settings_for(cluster, tmp_path)) as pool:
+            engine.release()
+            assert len(pool.collect(pool.submit(sums(4)), PATIENCE).trajectories) == 8
+    finally:
+        cluster.add_node(**node_options())
+
+
 def test_what_an_actor_loses_too_often_is_dropped(
     cluster: Any, engine: InputEngine, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from sod_mcore.rollout.on_ray.group_messages import (
     GroupsOrder,
     SampleCounts,
 )
-from sod_mcore.rollout.on_ray.ray_driver import ActorLostError, RayDriver
+from sod_mcore.rollout.on_ray.ray_driver import START_TRIES, ActorLostError, RayDriver
 from sod_mcore.rollout.pool import RolloutError
 from sod_mcore.rollout.request import RolloutProgress, RolloutRequest, RolloutResult
 from sod_mcore.rollout.token_recorder import TokenRecorder
@@ -361,6 +361,29 @@ def test_the_gate_holds_for_a_successor_too() -> None:
 def test_an_actor_that_does_not_start_keeps_the_pool_from_starting() -> None:
     stage = Stage(open_errors=[RolloutError("rollout pool: FleetError: no engines")])
     with pytest.raises(RolloutError, match="FleetError: no engines"):
+        play(stage, lambda driver: asyncio.sleep(0))
+    assert all(actor.is_killed for actor in stage.actors)
+
+
+def test_an_actor_that_dies_at_its_start_is_started_again() -> None:
+    """Ray may have sent it to a node that has just died."""
+    errors: list[Exception] = [ActorLostError("its node died")] * (START_TRIES - 1)
+    stage = Stage(num_actors=1, open_errors=errors)
+
+    async def script(driver: RayDriver) -> None:
+        ticket, future = await stage.submit(driver, request(1))
+        await until(lambda: bool(stage.actors[-1].orders))
+        stage.actors[-1].finish(ticket, 0)
+        assert (await result_of(future)).num_retries == 0
+
+    play(stage, script)
+    assert len(stage.actors) == START_TRIES
+
+
+def test_one_that_always_dies_at_its_start_is_one_clear_error() -> None:
+    errors: list[Exception] = [ActorLostError("no such module")] * START_TRIES
+    stage = Stage(num_actors=1, open_errors=errors)
+    with pytest.raises(RolloutError, match="died at its start, 3 times: no such module"):
         play(stage, lambda driver: asyncio.sleep(0))
     assert all(actor.is_killed for actor in stage.actors)
 
