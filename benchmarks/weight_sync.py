@@ -1,12 +1,17 @@
 """How long a weight sync takes, and what it adds to rank 0's memory: every way, beside the folder.
 
     .venv/bin/python -m benchmarks.weight_sync [--repetitions 3] [--bucket-mb 64] [--engines 1]
+        [--device cuda]
 
 Starts real engines with a random model of each size, and changes their weights in turn by each way
 with the code that the trainer uses. Seconds are those from the first tensor to confirmed engines,
 the writing of the folder included; memory is the growth of this process's peak. The order of the
 ways rotates from round to round, so that a busy machine slows all. Shared memory is no setting: it
 is measured to show what leaving it out costs.
+
+With --device cuda the models are larger and in bfloat16, engine and trainer share GPU 0, and memory
+is that of torch on the GPU. NCCL refuses two ranks on one GPU, so nothing is broadcast there. That
+part has not been run yet: it needs a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +34,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.shared_memory_transfer import SharedMemoryTransfer
 from sod_mcore.serving.endpoints import Endpoints, endpoints_path, read_endpoints
+from sod_mcore.serving.weights.cuda_handles import ByCudaHandle
 from sod_mcore.serving.weights.disk_transfer import DiskTransfer
 from sod_mcore.serving.weights.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.weights.kept_groups import KeptGroups
@@ -42,10 +48,19 @@ REPOSITORY = Path(__file__).parents[1]
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
 UPDATE_SECONDS = 300.0
-WAYS = ("disk", "tensor", "distributed", "shared memory")
+WAYS = {
+    "cpu": ("disk", "tensor", "distributed", "shared memory"),
+    "cuda": ("disk", "tensor", "cuda_ipc"),
+}
 SIZES = {
-    "0.2M": {"hidden_size": 64, "layers": 2, "vocab_size": 1536},
-    "135M": {"hidden_size": 576, "layers": 30, "vocab_size": 49152},
+    "cpu": {
+        "0.2M": {"hidden_size": 64, "layers": 2, "vocab_size": 1536},
+        "135M": {"hidden_size": 576, "layers": 30, "vocab_size": 49152},
+    },
+    "cuda": {
+        "0.6B": {"hidden_size": 1024, "layers": 28, "vocab_size": 151936},
+        "1.7B": {"hidden_size": 2048, "layers": 28, "vocab_size": 151936},
+    },
 }
 
 
@@ -63,19 +78,21 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--engines", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     print("| parameters | model, MB | way | seconds | of disk | extra peak memory, MB | of disk |")
     print("|---|---|---|---|---|---|---|")
-    for name in SIZES:
+    for name in SIZES[options.device]:
         with tempfile.TemporaryDirectory() as folder:
             measure_size(name, Path(folder), options)
 
 
 def measure_size(name: str, folder: Path, options: argparse.Namespace) -> None:
     """Serve a model of one size and print its rows."""
-    model = save_model(name, folder / "model")
+    device = torch.device(options.device)
+    model = save_model(SIZES[options.device][name], device, folder / "model")
     size = sum(parameter.nbytes for parameter in model.parameters())
-    config = write_config(folder, options.engines)
+    config = write_config(folder, options.engines, device)
     with (folder / "serving.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "sod_mcore.serving", str(config)],
@@ -86,7 +103,7 @@ def measure_size(name: str, folder: Path, options: argparse.Namespace) -> None:
         try:
             endpoints = wait_until_served(server, folder)
             bucket_bytes = options.bucket_mb << 20
-            with closing(KeptGroups(endpoints, torch.device("cpu"), UPDATE_SECONDS)) as groups:
+            with closing(KeptGroups(endpoints, device, UPDATE_SECONDS)) as groups:
                 trainer = Trainer(model, endpoints, groups, folder, bucket_bytes)
                 results = measure(trainer, options.repetitions)
         finally:
@@ -102,36 +119,42 @@ def measure_size(name: str, folder: Path, options: argparse.Namespace) -> None:
         )
 
 
-def save_model(name: str, folder: Path) -> Qwen3ForCausalLM:
-    """A random tied Qwen3 in float32."""
-    size = SIZES[name]
-    heads = size["hidden_size"] // 64
+def save_model(size: Mapping[str, int], device: torch.device, folder: Path) -> Qwen3ForCausalLM:
+    """A random tied Qwen3: in float32 on a CPU; on a GPU in bfloat16, with the heads of Qwen3."""
+    on_cpu = device.type == "cpu"
+    heads = size["hidden_size"] // 64 if on_cpu else 16
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=size["vocab_size"],
         hidden_size=size["hidden_size"],
-        intermediate_size=size["hidden_size"] * 8 // 3,
         num_hidden_layers=size["layers"],
+        intermediate_size=size["hidden_size"] * 8 // 3 if on_cpu else size["hidden_size"] * 3,
         num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 3),
-        head_dim=64,
+        num_key_value_heads=max(1, heads // 3) if on_cpu else 8,
+        head_dim=64 if on_cpu else 128,
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )
-    model = Qwen3ForCausalLM(config).float()
+    model = Qwen3ForCausalLM(config).float() if on_cpu else Qwen3ForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
+    if device.type == "cuda":
+        torch.nn.Module.cuda(model)
     return model
 
 
-def write_config(folder: Path, engines: int) -> Path:
+def write_config(folder: Path, engines: int, device: torch.device) -> Path:
     """A fleet of ``engines`` engines."""
     model = str(folder / "model")
     engine = {"model_path": model, "max_total_tokens": 1024, "engines": engines}
+    serving = {"device": device.type, "student": engine, "start_timeout_seconds": START_SECONDS}
+    if device.type == "cuda":
+        serving["weight_sync"] = "cuda_ipc"  # lets the engines see the trainer's GPU
+        engine |= {"gpus": [0] * engines, "memory_fraction": 0.3 / engines}
     tree = {
         "run": {"directory": str(folder / "run")},
         "student": {"model_path": str(folder / "model")},
         "data": {"train": "unused.parquet"},
-        "serving": {"device": "cpu", "student": engine, "start_timeout_seconds": START_SECONDS},
+        "serving": serving,
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -166,6 +189,8 @@ class Trainer:
         new = buckets(self.model, self.bucket_bytes)
         if way == "tensor":
             return TensorTransfer(new)
+        if way == "cuda_ipc":
+            return TensorTransfer(new, ByCudaHandle(self.model.device))
         if way == "distributed":
             return DistributedTransfer(new, self.groups)
         if way == "shared memory":
@@ -176,13 +201,15 @@ class Trainer:
 
 def measure(trainer: Trainer, repetitions: int) -> dict[str, Measurement]:
     """All ways in turn; the first round warms up and does not count."""
-    samples: dict[str, list[Measurement]] = {way: [] for way in WAYS}
+    device = trainer.model.device
+    ways = WAYS[device.type]
+    samples: dict[str, list[Measurement]] = {way: [] for way in ways}
     version = 0
     for round_number in range(repetitions + 1):
-        first = round_number % len(WAYS)
-        for way in WAYS[first:] + WAYS[:first]:
+        first = round_number % len(ways)
+        for way in ways[first:] + ways[:first]:
             version += 1
-            sample = measure_once(partial(trainer.publish, way, version))
+            sample = measure_once(partial(trainer.publish, way, version), device)
             if round_number:
                 samples[way].append(sample)
     return {
@@ -194,8 +221,14 @@ def measure(trainer: Trainer, repetitions: int) -> dict[str, Measurement]:
     }
 
 
-def measure_once(update: Callable[[], None]) -> Measurement:
+def measure_once(update: Callable[[], None], device: torch.device) -> Measurement:
     """One sync."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held, start = torch.cuda.memory_allocated(device), time.monotonic()
+        update()
+        seconds = time.monotonic() - start
+        return Measurement(seconds, torch.cuda.max_memory_allocated(device) - held)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, start = memory_bytes("VmRSS"), time.monotonic()
     update()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # For a machine with an NVIDIA GPU and nvcc: builds the CUDA kernels into .venv, compares them with
-# eager torch, looks for memory errors and races in them, and measures them. Ends at the first step
-# that fails. Arguments go to the benchmark: `scripts/gpu_check.sh --repetitions 20`.
+# eager torch, looks for memory errors and races in them, tries handles of GPU memory between
+# processes, and measures both. Ends at the first step that fails. Arguments go to the kernels'
+# benchmark: `scripts/gpu_check.sh --repetitions 20`.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_lib.sh"
 
 python=.venv/bin/python
@@ -22,6 +23,9 @@ if command -v compute-sanitizer >/dev/null; then
 else
     say "no compute-sanitizer on the PATH (it comes with the CUDA toolkit): not run"
 fi
+
+say "handles of CUDA memory (serving.weight_sync: cuda_ipc)"
+$python -m tests.serving.weights.gpu_check
 
 # Liger-Kernel and quack take part if they are in .venv (pip install liger-kernel quack-kernels).
 $python -m benchmarks.fused_op --device cuda "$@"

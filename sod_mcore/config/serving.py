@@ -138,10 +138,11 @@ class ServingConfig:
     more often a short one."""
     max_connections: Positive = 256
     """Open requests to one model."""
-    weight_sync: Literal["disk", "tensor", "distributed"] = "disk"
+    weight_sync: Literal["disk", "tensor", "distributed", "cuda_ipc"] = "disk"
     """How new weights reach the student's engines: as a folder in run.directory that every engine
-    reads; or without a disk, by value over HTTP, or by broadcast in a process group of rank 0 and
-    the engines (NCCL where both have GPUs, else gloo)."""
+    reads; or without a disk, by value over HTTP, by broadcast in a process group of rank 0 and the
+    engines (NCCL where both have GPUs, else gloo), or as handles of rank 0's GPU memory, which
+    engines on the GPUs of its machine read (cuda_ipc; not yet tried on a GPU)."""
     requests_in_flight: Literal["retract", "in_place"] = "retract"
     """What becomes of requests that new weights interrupt. retract computes their prefix anew with
     the new weights; in_place goes on with the keys and values of the old ones, and while any

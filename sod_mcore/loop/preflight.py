@@ -37,6 +37,7 @@ from sod_mcore.report.metrics import require_wandb
 from sod_mcore.rollout.open_pool import check_pool
 from sod_mcore.rollout.teacher import teacher_model
 from sod_mcore.serving.client.json_http import EngineError
+from sod_mcore.serving.cuda_ipc import check_cuda_ipc, check_readers
 from sod_mcore.serving.endpoints import Endpoints, FleetError, read_endpoints
 from sod_mcore.serving.fleet.ray_room import check_engines_on
 from sod_mcore.serving.fleet.state import wait_for_restarts
@@ -124,6 +125,7 @@ def check_settings(config: SodConfig) -> None:
     _check_importance(algorithm)
     _check_staleness(config)
     check_placement(config)
+    check_cuda_ipc(config)
     check_teacher_settings(config)
     tool_schemas(config.tools)
     choose_sandbox_url(config.tools.sandbox_url)
@@ -224,6 +226,7 @@ def check_engines(config: SodConfig, prompts: RunPrompts) -> Endpoints:
     check_engines_can_sleep(config, endpoints, REACHABLE_TIMEOUT_SECONDS)
     if config.serving is not None and config.serving.weight_sync != "disk":
         engine_shapes(endpoints.model("student"))
+        check_readers(config.serving, endpoints, torch.__version__)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for name, model in endpoints.models.items():
         if model.longest_input < longest:

@@ -29,6 +29,7 @@ from sod_mcore.serving.client.json_http import EngineError
 from sod_mcore.serving.endpoints import Endpoints
 from sod_mcore.serving.fleet.state import NOTICED_SECONDS
 from sod_mcore.serving.sleep import EngineSleep
+from sod_mcore.serving.weights.cuda_handles import ByCudaHandle
 from sod_mcore.serving.weights.disk_transfer import DiskTransfer
 from sod_mcore.serving.weights.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.weights.kept_groups import KeptGroups
@@ -224,6 +225,8 @@ class WeightSync:
     def _tensor_transfer(self, buckets: Iterator[NamedTensors]) -> WeightTransfer:
         if self.serving.weight_sync == "tensor":
             return TensorTransfer(buckets)
+        if self.serving.weight_sync == "cuda_ipc":
+            return TensorTransfer(buckets, ByCudaHandle(self.student.layout.device))
         assert self.groups is not None
         return DistributedTransfer(buckets, self.groups)
 

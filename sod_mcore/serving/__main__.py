@@ -31,6 +31,7 @@ from sod_mcore.outcome import (
     read_outcome,
     write_outcome,
 )
+from sod_mcore.serving.cuda_ipc import check_cuda_ipc
 from sod_mcore.serving.endpoints import Endpoints, FleetError, endpoints_path
 from sod_mcore.serving.fleet.children import Child, forward_signal, shell_exit_code
 from sod_mcore.serving.fleet.places import POLL_SECONDS
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         if config.serving is None:
             raise ConfigError("serving is missing; nothing to serve without that section")
         check_placement(config)
+        check_cuda_ipc(config)
         before = _outcome_written(config)
         try:
             code = asyncio.run(_serve(config, config.serving, command))

@@ -49,6 +49,11 @@ def place(config: SodConfig, request: Request) -> Placement:
             "serving.placement is colocated; these templates give ranks and engines GPUs of their "
             "own: set serving.placement=split, or write the job yourself"
         )
+    if with_engines and config.serving is not None and config.serving.weight_sync == "cuda_ipc":
+        raise ConfigError(
+            "serving.weight_sync is cuda_ipc; these templates let no engine see rank 0's GPU: set "
+            "serving.weight_sync=disk, or write the job yourself"
+        )
     if with_engines and config.serving is None:
         raise ConfigError("serving is missing; configure the engines, or give run.replay")
     if not with_engines and request.template == "engine_nodes":

@@ -175,6 +175,7 @@ def test_a_replay_starts_no_engines(folder: Path, capsys: pytest.CaptureFixture[
             "serving.student.addresses",
         ),
         (ONE_NODE, {"serving": {"placement": "colocated"}}, "serving.placement is colocated"),
+        (ONE_NODE, {"serving": {"weight_sync": "cuda_ipc"}}, "serving.weight_sync is cuda_ipc"),
         (APART, {"run": {"replay": "train.parquet"}}, "run.replay is train.parquet"),
         ((*ONE_NODE, "--nodes", "2"), {}, "--nodes is 2 with --template one_node"),
         ((*SHARED, "--engine-nodes", "1"), {}, "--engine-nodes is 1, which only"),

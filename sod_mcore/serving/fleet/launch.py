@@ -20,6 +20,8 @@ CPU_RUNNING_REQUESTS = 128
 CPU_CACHE_BYTES = 2**30
 """Key-value cache of an engine without a GPU, unless configured. SGLang's own choice is a share of
 the machine's memory, which several engines and a trainer on one machine do not have."""
+TRAINER_GPU = 0
+"""Rank 0's on its machine; the other ranks have the next ones."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -116,11 +118,14 @@ def engine_environment(
     inherited: Mapping[str, str] = os.environ,
     *,
     sleeps: bool = False,
+    reads_trainer: bool = False,
 ) -> dict[str, str]:
     """The environment of one engine, from that of the process that starts it.
 
     Args:
         sleeps: whether it is colocated.
+        reads_trainer: whether it gets handles of memory on rank 0's GPU, and so must see it. That
+            comes after its own ones, of which SGLang takes the first.
     """
     environment = dict(inherited, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     if sleeps:
@@ -129,9 +134,9 @@ def engine_environment(
         environment.pop("PYTORCH_ALLOC_CONF", None)
     if place.device == "cuda":
         if engine.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(
-                map(str, engine_gpus(engine, place.index))
-            )
+            own = engine_gpus(engine, place.index)
+            visible = dict.fromkeys((*own, TRAINER_GPU) if reads_trainer else own)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, visible))
         return environment
     python_path = [str(CPU_BRIDGE), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, python_path))

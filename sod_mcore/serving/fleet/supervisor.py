@@ -210,7 +210,12 @@ class Fleet:
                 f"{name}_engine_{index}",
                 host=self._serving.host,
                 command=partial(launch.engine_command, self._serving, engine, folder, place),
-                environment=launch.engine_environment(engine, place, sleeps=self._is_colocated),
+                environment=launch.engine_environment(
+                    engine,
+                    place,
+                    sleeps=self._is_colocated,
+                    reads_trainer=self._serving.weight_sync == "cuda_ipc",
+                ),
                 log_path=log_path,
                 children=self.children,
                 say=self._say,

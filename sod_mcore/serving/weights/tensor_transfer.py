@@ -1,8 +1,9 @@
-"""Weights by value over HTTP, bucket by bucket; nothing is written to a disk.
+"""Weights as tensors over HTTP, bucket by bucket; nothing is written to a disk.
 
-The payload of a bucket is the pickle of ``[(name, CPU tensor), ...]``, in base64 inside JSON. The
-pickle holds the values themselves. Torch's own way of sharing a tensor between processes, a file
-descriptor, must never be sent: it ends SGLang's scheduler, which has another authentication key.
+The payload of a bucket is the pickle of ``[(name, tensor), ...]``, in base64 inside JSON. What
+stands in it for a tensor is a :class:`TensorEncoding`: its values here, or a handle of CUDA memory
+(``cuda_handles``). Torch's own way of sharing a CPU tensor between processes, a file descriptor,
+must never be sent: it ends SGLang's scheduler, which has another authentication key.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import asyncio
 import base64
 import pickle
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
 
 import orjson
 import torch
@@ -24,17 +27,44 @@ from sod_mcore.serving.weights.tensor_check import Bucket, checked_buckets, engi
 CHUNK_BYTES = 3 << 20
 """Encoded at a time; divisible by 3, so that the pieces of base64 join without padding."""
 
+_Fields = Mapping[str, bool | str]
+_MORE_TO_COME: _Fields = {"flush_cache": False}
+
+
+class TensorEncoding(Protocol):
+    """What stands for the tensors of a bucket in a request."""
+
+    def payloads(self, bucket: Bucket, readers: int) -> Sequence[bytes]:
+        """A pickle of the bucket for each of so many readers: every rank of every engine."""
+
+    def release(self) -> None:
+        """Let go of the bucket: each reader has answered, or the update has failed."""
+
+
+class ByValue:
+    """The numbers themselves, so that a reader may be anywhere."""
+
+    def payloads(self, bucket: Bucket, readers: int) -> Sequence[bytes]:
+        """One pickle, for all of them."""
+        named_tensors = [(name, _own_storage(tensor)) for name, tensor in bucket]
+        return [pickle.dumps(named_tensors)] * readers
+
+    def release(self) -> None:
+        """Nothing is kept."""
+
 
 @dataclass(frozen=True)
 class TensorTransfer:
     """The whole model's tensors, in buckets.
 
     Attributes:
-        buckets: consumed once, one at a time. While one is sent, its tensors and their pickle are
+        buckets: consumed once, one at a time. While one is sent, its tensors and their payloads are
             in memory.
+        encoding: what is sent in the place of a tensor.
     """
 
     buckets: Iterable[Bucket]
+    encoding: TensorEncoding = field(default_factory=ByValue)
 
     def check(self, endpoints: ModelEndpoints) -> None:
         """Refuse engines whose folder cannot be read; see :func:`engine_shapes`."""
@@ -51,36 +81,32 @@ class TensorTransfer:
         """
         receivers = await open_receivers(client, endpoints.engines)
         for bucket in checked_buckets(self.buckets, engine_shapes(endpoints)):
-            await _send_to_all(client, receivers, _pickled(bucket))
+            await self._send_bucket(client, receivers, bucket)
         # An empty bucket closes the update: only now has an engine the whole of the new version.
-        await _send_to_all(client, receivers, _pickled([]), version, flush_cache=flush_cache)
+        last: _Fields = {"flush_cache": flush_cache, "weight_version": str(version)}
+        await self._send_bucket(client, receivers, [], last)
         await close_receivers(client, receivers)
 
-
-async def _send_to_all(
-    client: EngineClient,
-    receivers: Sequence[Receiver],
-    payload: bytes,
-    version: int | None = None,
-    *,
-    flush_cache: bool = False,
-) -> None:
-    fields: dict[str, bool | str] = {"flush_cache": flush_cache}
-    if version is not None:
-        fields["weight_version"] = str(version)
-    await asyncio.gather(
-        *(
-            client.post_stream(
-                f"{receiver.url}/update_weights_from_tensor",
-                _request_body(fields, payload, receiver.ranks),
+    async def _send_bucket(
+        self,
+        client: EngineClient,
+        receivers: Sequence[Receiver],
+        bucket: Bucket,
+        fields: _Fields = _MORE_TO_COME,
+    ) -> None:
+        payloads = iter(self.encoding.payloads(bucket, sum(each.ranks for each in receivers)))
+        bodies = [
+            _request_body(fields, list(islice(payloads, receiver.ranks))) for receiver in receivers
+        ]
+        try:
+            await asyncio.gather(
+                *(
+                    client.post_stream(f"{receiver.url}/update_weights_from_tensor", body)
+                    for receiver, body in zip(receivers, bodies, strict=True)
+                )
             )
-            for receiver in receivers
-        )
-    )
-
-
-def _pickled(bucket: Bucket) -> bytes:
-    return pickle.dumps([(name, _own_storage(tensor)) for name, tensor in bucket])
+        finally:
+            self.encoding.release()
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,14 +116,12 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if is_view else tensor
 
 
-async def _request_body(
-    fields: Mapping[str, bool | str], payload: bytes, copies: int
-) -> AsyncIterator[bytes]:
+async def _request_body(fields: _Fields, payloads: Sequence[bytes]) -> AsyncIterator[bytes]:
     """The JSON document, piece by piece: the whole would be a third larger than the bucket."""
     yield orjson.dumps(fields).removesuffix(b"}") + b',"serialized_named_tensors":['
-    view = memoryview(payload)
-    for copy in range(copies):
-        yield b',"' if copy else b'"'
+    for number, payload in enumerate(payloads):
+        yield b',"' if number else b'"'
+        view = memoryview(payload)
         for start in range(0, len(view), CHUNK_BYTES):
             yield base64.b64encode(view[start : start + CHUNK_BYTES])
         yield b'"'

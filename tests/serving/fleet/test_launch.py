@@ -86,6 +86,21 @@ def test_gpus_are_shared_evenly(tmp_path: Path) -> None:
         launch.engine_gpus(EngineConfig(model_path="", engines=3, gpus=(0, 1)), 0)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "expected"), [((2, 3), "2,3,0"), ((0, 1), "0,1"), ((), "all of them")]
+)
+def test_an_engine_that_reads_the_trainers_gpu_sees_it(
+    tmp_path: Path, gpus: tuple[int, ...], expected: str
+) -> None:
+    """After its own GPUs, of which SGLang takes as many as --tp-size says."""
+    engine = EngineConfig(model_path=str(tmp_path), gpus=gpus)
+    place = EnginePlace("student", 0, "cuda")
+    environment = launch.engine_environment(engine, place, {}, reads_trainer=True)
+    assert environment.get("CUDA_VISIBLE_DEVICES", "all of them") == expected
+    arguments = command(tmp_path, place, gpus=gpus)
+    assert value(arguments, "--tp-size") == str(len(gpus) or 1)
+
+
 def test_the_share_of_a_gpus_memory(tmp_path: Path) -> None:
     on_a_gpu = command(tmp_path, EnginePlace("student", 0, "cuda"), memory_fraction=0.4)
     assert value(on_a_gpu, "--mem-fraction-static") == "0.4"
