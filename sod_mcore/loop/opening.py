@@ -155,6 +155,7 @@ def _open_sleep(
         config.serving_directory,
         note=timeline.note,
         should_stop=lambda: stop.reason is not None,
+        free_memory=torch.cuda.empty_cache,
     )
 
 

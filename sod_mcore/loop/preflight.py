@@ -37,7 +37,7 @@ from sod_mcore.report.metrics import require_wandb
 from sod_mcore.rollout.open_pool import check_pool
 from sod_mcore.rollout.teacher import teacher_model
 from sod_mcore.serving.client.json_http import EngineError
-from sod_mcore.serving.cuda_ipc import check_cuda_ipc, check_readers
+from sod_mcore.serving.cuda_ipc import Trainer, check_cuda_ipc, check_readers
 from sod_mcore.serving.endpoints import Endpoints, FleetError, read_endpoints
 from sod_mcore.serving.fleet.ray_room import check_engines_on
 from sod_mcore.serving.fleet.state import wait_for_restarts
@@ -226,7 +226,8 @@ def check_engines(config: SodConfig, prompts: RunPrompts) -> Endpoints:
     check_engines_can_sleep(config, endpoints, REACHABLE_TIMEOUT_SECONDS)
     if config.serving is not None and config.serving.weight_sync != "disk":
         engine_shapes(endpoints.model("student"))
-        check_readers(config.serving, endpoints, torch.__version__)
+        trainer = Trainer(torch.__version__, torch.cuda.is_available())
+        check_readers(config, endpoints, trainer)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for name, model in endpoints.models.items():
         if model.longest_input < longest:

@@ -29,13 +29,11 @@ from sod_mcore.serving.client.json_http import EngineError
 from sod_mcore.serving.endpoints import Endpoints
 from sod_mcore.serving.fleet.state import NOTICED_SECONDS
 from sod_mcore.serving.sleep import EngineSleep
-from sod_mcore.serving.weights.cuda_handles import ByCudaHandle
 from sod_mcore.serving.weights.disk_transfer import DiskTransfer
-from sod_mcore.serving.weights.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.weights.kept_groups import KeptGroups
-from sod_mcore.serving.weights.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weights.transfer import WeightTransfer, WeightUpdateError
 from sod_mcore.serving.weights.update import probe_logprobs, update_weights
+from sod_mcore.serving.weights.ways import tensor_transfer
 from sod_mcore.student.conversion.export import NamedTensors
 from sod_mcore.student.examples import TrainingExample
 from sod_mcore.student.exchange import wait_for_all
@@ -154,6 +152,12 @@ class WeightSync:
     def _is_colocated(self) -> bool:
         return self.serving.placement == "colocated"
 
+    def _free_what_was_gathered(self) -> None:
+        """Before colocated engines take their caches; rank 0 frees tensors on the way there
+        (``EngineSleep``)."""
+        if self._is_colocated:
+            torch.cuda.empty_cache()
+
     def _give_memory_back(self) -> None:
         """What every rank's allocator keeps in reserve is not free for the engines."""
         torch.cuda.empty_cache()
@@ -200,6 +204,7 @@ class WeightSync:
     def _send_folder(self, update: _Update) -> _Sent:
         folder = self.directory / _folder_name(update.version, update.averaged)
         self.student.export_hf(folder, bucket_bytes=self._bucket_bytes, averaged=update.averaged)
+        self._free_what_was_gathered()
 
         def load() -> _Sent:
             sent = self._update_engines(DiskTransfer(folder), update)
@@ -212,23 +217,18 @@ class WeightSync:
         buckets = self.student.hf_tensors(self._bucket_bytes, averaged=update.averaged)
         if self.student.layout.rank != 0:
             _consume(buckets)
+            self._free_what_was_gathered()
 
         def load() -> _Sent:
             try:
-                return self._update_engines(self._tensor_transfer(buckets), update)
+                way, device = self.serving.weight_sync, self.student.layout.device
+                transfer = tensor_transfer(way, buckets, device, self.groups)
+                return self._update_engines(transfer, update)
             finally:
                 # Gathering is collective: when sending fails, the other ranks are still in it.
                 _consume(buckets)
 
         return on_rank_zero(load, self.group, self._engines_timeout)
-
-    def _tensor_transfer(self, buckets: Iterator[NamedTensors]) -> WeightTransfer:
-        if self.serving.weight_sync == "tensor":
-            return TensorTransfer(buckets)
-        if self.serving.weight_sync == "cuda_ipc":
-            return TensorTransfer(buckets, ByCudaHandle(self.student.layout.device))
-        assert self.groups is not None
-        return DistributedTransfer(buckets, self.groups)
 
     @property
     def _engines_timeout(self) -> timedelta:

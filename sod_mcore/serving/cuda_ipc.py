@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from sod_mcore.config import ConfigError, ServingConfig, SodConfig, serving_field
+from sod_mcore.config import ConfigError, SodConfig, serving_field
 from sod_mcore.serving.endpoints import Endpoints
-from sod_mcore.serving.fleet.launch import resolve_device
+from sod_mcore.serving.fleet.launch import TRAINER_GPU, VISIBLE_GPUS, resolve_device
+from sod_mcore.serving.fleet.state import read_fleet_state
 
 CUDA_IPC = "serving.weight_sync is cuda_ipc"
 MEND = "set serving.weight_sync=disk"
@@ -36,8 +38,7 @@ def check_cuda_ipc(config: SodConfig) -> None:
         )
     if resolve_device(serving.device) != "cuda":
         raise ConfigError(f"{CUDA_IPC}, but the engines run on CPUs (serving.device); {MEND}")
-    updated = ("student", "teacher") if config.averages_weights else ("student",)
-    for name in updated:
+    for name in _updated_models(config):
         if serving.models[name].addresses:
             raise ConfigError(
                 f"{CUDA_IPC}, but {serving_field(name)}.addresses names engines that somebody else "
@@ -45,41 +46,77 @@ def check_cuda_ipc(config: SodConfig) -> None:
             )
 
 
-def check_readers(
-    serving: ServingConfig,
-    endpoints: Endpoints,
-    trainer_torch: str,
-    environment: Mapping[str, str] = os.environ,
-) -> None:
-    """Refuse a fleet and a trainer that cannot exchange handles.
+@dataclass(frozen=True)
+class Trainer:
+    """Rank 0, whose memory engines are to read.
 
-    Args:
-        trainer_torch: version of torch in the trainer.
-        environment: the trainer's.
+    Attributes:
+        torch: version of torch.
+        has_gpu: whether torch sees one.
+        environment: its environment.
+    """
+
+    torch: str
+    has_gpu: bool
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+
+def check_readers(config: SodConfig, endpoints: Endpoints, trainer: Trainer) -> None:
+    """Refuse a running fleet and a trainer that cannot exchange handles.
 
     Raises:
         ConfigError: one line with the mend.
+        FleetError: the fleet has ended.
     """
-    if serving.weight_sync != "cuda_ipc":
+    serving = config.serving
+    if serving is None or serving.weight_sync != "cuda_ipc":
         return
     if endpoints.is_elsewhere:
         raise ConfigError(
             f"{CUDA_IPC}, but the engines run on {endpoints.hostname}: rank 0 must be on their "
             f"machine; start it there, or {MEND} or distributed"
         )
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if "expandable_segments:true" in environment.get(name, "").lower():
-            raise ConfigError(
-                f"{CUDA_IPC}, which was not made for the expandable segments that {name} asks for; "
-                f"take them out of it, or {MEND}"
-            )
+    if not trainer.has_gpu:
+        raise ConfigError(f"{CUDA_IPC}, but torch {trainer.torch} sees no GPU in rank 0; {MEND}")
+    _check_allocator(trainer.environment)
+    _check_visible(config, trainer.environment)
     engine_torch = torch_version(serving.python)
-    if engine_torch != trainer_torch:
+    if engine_torch != trainer.torch:
         raise ConfigError(
-            f"{CUDA_IPC}, but torch is {trainer_torch} in the trainer and {engine_torch} in "
+            f"{CUDA_IPC}, but torch is {trainer.torch} in the trainer and {engine_torch} in "
             f"serving.python={serving.python}; handles are read by the same version only: install "
             f"it there, or {MEND}"
         )
+
+
+def _updated_models(config: SodConfig) -> tuple[str, ...]:
+    """The models whose engines get weights."""
+    return ("student", "teacher") if config.averages_weights else ("student",)
+
+
+def _check_allocator(environment: Mapping[str, str]) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        settings = environment.get(name, "")
+        for refused in ("expandable_segments:True", "backend:cudaMallocAsync"):
+            if refused.lower() in settings.lower().replace(" ", ""):
+                raise ConfigError(
+                    f"{CUDA_IPC}, but {name} asks for {refused}, whose memory has no such handles; "
+                    f"take it out, or {MEND}"
+                )
+
+
+def _check_visible(config: SodConfig, environment: Mapping[str, str]) -> None:
+    """The engines may have been started by another configuration, and rank 0 on any GPU."""
+    gpu = (environment.get(VISIBLE_GPUS) or str(TRAINER_GPU)).split(",")[0].strip()
+    for server in read_fleet_state(config.serving_directory).servers:
+        if server.role != "engine" or server.model not in _updated_models(config):
+            continue
+        if server.visible_gpus is not None and gpu not in server.visible_gpus.split(","):
+            raise ConfigError(
+                f"{CUDA_IPC}, but {server.url} of {server.model} was started with {VISIBLE_GPUS}="
+                f"{server.visible_gpus} and does not see GPU {gpu}, which rank 0 has; start the "
+                f"engines again with this configuration, and rank 0 on GPU {TRAINER_GPU}, or {MEND}"
+            )
 
 
 def torch_version(python: str) -> str:

@@ -38,7 +38,7 @@ def check_placement(config: SodConfig) -> None:
     if serving.weight_sync == "distributed" and resolve_device(serving.device) == "cuda":
         raise ConfigError(
             f"{COLOCATED}, but serving.weight_sync is distributed: NCCL takes no two ranks on one "
-            "GPU; set serving.weight_sync=disk or tensor, or serving.placement=split"
+            "GPU; set serving.weight_sync=disk, tensor or cuda_ipc, or serving.placement=split"
         )
     for name, engine in serving.models.items():
         field = serving_field(name)

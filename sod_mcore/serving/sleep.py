@@ -75,6 +75,8 @@ class EngineSleep:
         directory: the folder that it serves from.
         note: receives the spans, in lane 0 those in which rank 0 waits.
         should_stop: ends the wait for an engine that is being started again.
+        free_memory: gives back what this process only keeps in reserve on its GPU, as after the
+            weights were gathered; called before engines take their caches.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class EngineSleep:
         *,
         note: Callable[[Span], None] = lambda span: None,
         should_stop: Callable[[], bool] = lambda: False,
+        free_memory: Callable[[], None] = lambda: None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._endpoints = endpoints
@@ -92,6 +95,7 @@ class EngineSleep:
         self._directory = directory
         self._note = note
         self._should_stop = should_stop
+        self._free_memory = free_memory
         self._clock = clock
         self._asleep: dict[str, _Sleeper] = {}
         self._training_since: float | None = None
@@ -129,6 +133,8 @@ class EngineSleep:
         sleeping = set(self._sleeping()) & set(engines)
         waiting = [url for url in sleeping if tag in self._asleep[url].released]
         if waiting:
+            if tag == KV_CACHE:
+                self._free_memory()
             with self._waking():
                 await _to_all(self._resume(client, url, tag) for url in waiting)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from sod_mcore.config import EngineConfig
+from sod_mcore.config import EngineConfig, ServingConfig
 from sod_mcore.serving.fleet.launch import EnginePlace, engine_environment
 from tests.serving.conftest import sglang_python
 
@@ -27,7 +27,9 @@ except NotImplementedError as error:
 
 
 def test_import() -> None:
-    environment = engine_environment(EngineConfig(model_path=""), EnginePlace("student", 0, "cpu"))
+    engine = EngineConfig(model_path="")
+    place = EnginePlace("student", 0, "cpu")
+    environment = engine_environment(ServingConfig(student=engine), engine, place)
     result = subprocess.run(
         [sglang_python(), "-c", PROGRAM],
         env=environment,

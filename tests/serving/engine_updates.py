@@ -19,11 +19,10 @@ from transformers import Qwen3ForCausalLM
 from sod_mcore.serving.client.engine_client import EngineClient
 from sod_mcore.serving.client.messages import Generation, SamplingSettings
 from sod_mcore.serving.endpoints import Endpoints
+from sod_mcore.serving.weights import ways
 from sod_mcore.serving.weights.disk_transfer import DiskTransfer
-from sod_mcore.serving.weights.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.weights.kept_groups import KeptGroups
 from sod_mcore.serving.weights.tensor_check import Bucket
-from sod_mcore.serving.weights.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weights.transfer import WeightTransfer
 from sod_mcore.serving.weights.update import RunningRequests, SleepingEngines, update_weights
 
@@ -91,11 +90,8 @@ def tensor_transfer(
     way: str, endpoints: Endpoints, buckets: Iterable[Bucket]
 ) -> Iterator[WeightTransfer]:
     """Of buckets by value or by broadcast, through a group of its own."""
-    if way == "tensor":
-        yield TensorTransfer(buckets)
-        return
     with closing(new_groups(endpoints)) as groups:
-        yield DistributedTransfer(buckets, groups)
+        yield ways.tensor_transfer(way, buckets, torch.device("cpu"), groups)
 
 
 def new_groups(endpoints: Endpoints) -> KeptGroups:

@@ -6,10 +6,11 @@ import asyncio
 import base64
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from aiohttp import web
@@ -20,12 +21,15 @@ from tests.serving.scripted_group import ScriptedRanks
 
 @dataclass(frozen=True)
 class Received:
-    """One request with tensors: the payload of each tensor-parallel rank, and the options."""
+    """One request with tensors: what each tensor-parallel rank found, and the options.
+
+    ``payloads`` are those that came over HTTP.
+    """
 
     tensors: tuple[list[tuple[str, torch.Tensor]], ...]
-    payload_bytes: int
     version: str | None
     flush_cache: bool
+    payloads: tuple[bytes, ...] = ()
 
 
 @dataclass
@@ -48,6 +52,8 @@ class ScriptedEngines:
         notes_questions: whether questions for the version and requests are written down as well.
         released: the memory that each engine has not got.
         are_paused: which engines stand still.
+        device: on which they say that they run.
+        when_received: called when tensors have arrived over HTTP, before the answer.
     """
 
     model_path: Path = Path("folder")
@@ -79,6 +85,8 @@ class ScriptedEngines:
     mode: str = ""
     urls: tuple[str, ...] = ()
     closing: asyncio.Event = field(default_factory=asyncio.Event)
+    device: str = "cpu"
+    when_received: Callable[[], object] = lambda: None
 
     def application(self, index: int) -> web.Application:
         async def pause(request: web.Request) -> web.Response:
@@ -131,6 +139,7 @@ class ScriptedEngines:
             if self.refusing == index and len(self.received[index]) >= self.accepted_buckets:
                 return _refusal("out of memory")
             self.received[index].append(_decoded(body))
+            self.when_received()
             if body.get("weight_version") and self.forgetful != index:
                 self.versions[index] = body["weight_version"]
             return self._note(index, "bucket")
@@ -161,9 +170,8 @@ class ScriptedEngines:
                 return _refusal(tensors)
             if not body["names"] and not body.get("weight_version"):
                 return self._note(index, "still there")
-            size = sum(tensor.nbytes for _, tensor in tensors[0])
             version, flush_cache = body.get("weight_version"), body["flush_cache"]
-            self.received[index].append(Received(tensors, size, version, flush_cache))
+            self.received[index].append(Received(tensors, version, flush_cache))
             if version and self.forgetful != index:
                 self.versions[index] = version
             return self._note(index, "bucket")
@@ -202,7 +210,7 @@ class ScriptedEngines:
         async def server_info(request: web.Request) -> web.Response:
             size = self.tensor_parallel_sizes[index]
             stages = self.pipeline_stages
-            return web.json_response({"tp_size": size, "pp_size": stages, "device": "cpu"})
+            return web.json_response({"tp_size": size, "pp_size": stages, "device": self.device})
 
         async def generate(request: web.Request) -> web.Response:
             ids = (await request.json())["input_ids"]
@@ -272,12 +280,26 @@ def _decoded(body: dict[str, object]) -> Received:
     texts = body["serialized_named_tensors"]
     assert isinstance(texts, list)
     payloads = [base64.b64decode(text, validate=True) for text in texts]
+    is_flattened = body.get("load_format") == "flattened_bucket"
+    found = [pickle.loads(payload) for payload in payloads]
     return Received(
-        tuple(pickle.loads(payload) for payload in payloads),
-        len(payloads[0]),
+        tuple(map(_reconstructed, found) if is_flattened else found),
         body.get("weight_version"),  # type: ignore[arg-type]
         bool(body["flush_cache"]),
+        tuple(payloads),
     )
+
+
+def _reconstructed(flattened: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of SGLang's format "flattened_bucket"."""
+    everything = flattened["flattened_tensor"]
+    return [
+        (
+            place.name,
+            everything[place.start_idx : place.end_idx].view(place.dtype).reshape(place.shape),
+        )
+        for place in flattened["metadata"]
+    ]
 
 
 @contextmanager

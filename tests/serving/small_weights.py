@@ -28,3 +28,9 @@ def new_buckets(dtype: torch.dtype = torch.float32) -> list[Bucket]:
     generator = torch.Generator().manual_seed(0)
     padded = torch.randn(4000, 3, generator=generator).to(dtype)
     return [[(EMBEDDING, padded[:5])], [(NORM, torch.tensor([1, 2.5, -3], dtype=dtype))]]
+
+
+def opened(handle: int, values: list[int]) -> torch.Tensor:
+    """Stands for what opens a handle of memory: the bytes come with it, and ``handle`` tells one
+    from another."""
+    return torch.tensor(values, dtype=torch.uint8)

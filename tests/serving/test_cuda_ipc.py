@@ -14,11 +14,18 @@ import torch
 from pydantic import TypeAdapter
 
 from sod_mcore.config import ConfigError, SodConfig
-from sod_mcore.serving.cuda_ipc import check_cuda_ipc, check_readers, torch_version
+from sod_mcore.serving.cuda_ipc import Trainer, check_cuda_ipc, check_readers, torch_version
 from sod_mcore.serving.endpoints import Endpoints
+from sod_mcore.serving.fleet.state import FleetStateFile
 
-FLEET = Endpoints("http://127.0.0.1:1", {}, 1, 1, socket.gethostname())
+HERE = Endpoints("http://127.0.0.1:1", {}, 1, 1, socket.gethostname())
+ELSEWHERE = replace(HERE, hostname="node7")
 OURS = torch.__version__
+ON_GPU_0 = Trainer(OURS, has_gpu=True, environment={})
+
+
+def with_environment(**environment: str) -> Trainer:
+    return replace(ON_GPU_0, environment=environment)
 
 
 def configuration(serving: dict[str, Any], **sections: Any) -> SodConfig:
@@ -65,33 +72,72 @@ def test_a_teacher_that_gets_the_average() -> None:
         check_cuda_ipc(config)
 
 
+@pytest.fixture
+def config(tmp_path: Path) -> SodConfig:
+    """With engines that see the GPUs 2 and 0, and a teacher that sees only 3."""
+    states = FleetStateFile(tmp_path)
+    for model, gpus in {"student": "2,0", "teacher": "3"}.items():
+        url = f"http://127.0.0.1:{len(model)}"
+        states.record(model, model, "engine", url, "ready", 0, visible_gpus=gpus)
+        states.record(f"{model}_router", model, "router", "", "ready", 0)
+    return configuration({"python": sys.executable, "directory": str(tmp_path)})
+
+
 @pytest.mark.parametrize(
-    ("fleet", "trainer_torch", "environment", "expected"),
+    "trainer",
     [
-        (FLEET, OURS, {}, None),
-        (FLEET, OURS, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, None),
-        (FLEET, "2.13.0+cu999", {}, f"torch is 2.13.0+cu999 in the trainer and {OURS} in "),
-        (replace(FLEET, hostname="node7"), OURS, {}, "the engines run on node7"),
+        ON_GPU_0,
+        with_environment(CUDA_VISIBLE_DEVICES="2"),
+        with_environment(PYTORCH_ALLOC_CONF="expandable_segments:False"),
+    ],
+)
+def test_a_trainer_that_can_share(config: SodConfig, trainer: Trainer) -> None:
+    check_readers(config, HERE, trainer)
+
+
+@pytest.mark.parametrize(
+    ("fleet", "trainer", "expected"),
+    [
+        (ELSEWHERE, ON_GPU_0, "the engines run on node7"),
+        (HERE, replace(ON_GPU_0, has_gpu=False), f"torch {OURS} sees no GPU in rank 0"),
         (
-            FLEET,
-            OURS,
-            {"PYTORCH_CUDA_ALLOC_CONF": "backend:native,expandable_segments:True"},
-            "PYTORCH_CUDA_ALLOC_CONF asks for",
+            HERE,
+            replace(ON_GPU_0, torch="2.13.0+cu999"),
+            f"torch is 2.13.0+cu999 in the trainer and {OURS} in serving.python={sys.executable}",
+        ),
+        (
+            HERE,
+            with_environment(CUDA_VISIBLE_DEVICES="4,0"),
+            "http://127.0.0.1:7 of student was started with CUDA_VISIBLE_DEVICES=2,0 and does not "
+            "see GPU 4, which rank 0 has",
+        ),
+        (
+            HERE,
+            with_environment(PYTORCH_CUDA_ALLOC_CONF="a:1, expandable_segments: True"),
+            "PYTORCH_CUDA_ALLOC_CONF asks for expandable_segments:True",
+        ),
+        (
+            HERE,
+            with_environment(PYTORCH_ALLOC_CONF="backend:cudaMallocAsync"),
+            "PYTORCH_ALLOC_CONF asks for backend:cudaMallocAsync",
         ),
     ],
 )
 def test_a_trainer_that_cannot_share(
-    fleet: Endpoints, trainer_torch: str, environment: dict[str, str], expected: str | None
+    config: SodConfig, fleet: Endpoints, trainer: Trainer, expected: str
 ) -> None:
-    serving = configuration({"python": sys.executable}).serving
-    assert serving is not None
-    if expected is None:
-        check_readers(serving, fleet, trainer_torch, environment)
-        return
-    with pytest.raises(ConfigError, match=re.escape(expected)):
-        check_readers(serving, fleet, trainer_torch, environment)
-    other_way = replace(serving, weight_sync="tensor")
-    check_readers(other_way, fleet, trainer_torch, environment)
+    with pytest.raises(ConfigError, match=re.escape(expected)) as found:
+        check_readers(config, fleet, trainer)
+    assert "set serving.weight_sync=disk" in str(found.value)
+    assert config.serving is not None
+    by_value = replace(config, serving=replace(config.serving, weight_sync="tensor"))
+    check_readers(by_value, fleet, trainer)
+
+
+def test_an_averaged_teacher_has_to_see_it_as_well(config: SodConfig) -> None:
+    averaged = replace(config, teacher=replace(config.teacher, weights="average"))
+    with pytest.raises(ConfigError, match="of teacher was started with CUDA_VISIBLE_DEVICES=3 "):
+        check_readers(averaged, HERE, ON_GPU_0)
 
 
 def test_an_interpreter_without_torch(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from sod_mcore.serving.weights.update import (
 from sod_mcore.timeline import Span
 from tests.serving.scripted_engines import ScriptedEngines, running_engines
 
-STUDENT, TEACHER = 0, 1
+STUDENT, TEACHER, TRAINER = 0, 1, 2
 CLOSED = "http://127.0.0.1:9"
 FALL_ASLEEP = ["pause", "release kv_cache weights"]
 
@@ -54,7 +54,13 @@ class Fleet:
             placement="colocated",
             **{"request_timeout_seconds": 10.0, "restart_timeout_seconds": 10.0, **settings},  # type: ignore[arg-type]
         )
-        self.sleep = EngineSleep(self.endpoints, serving, directory, note=self.spans.append)
+        self.sleep = EngineSleep(
+            self.endpoints,
+            serving,
+            directory,
+            note=self.spans.append,
+            free_memory=lambda: engines.calls.append((TRAINER, "free")),
+        )
 
     @property
     def endpoints(self) -> Endpoints:
@@ -121,6 +127,14 @@ def test_the_teacher_wakes_when_the_student_has_its_weights(fleet: Fleet) -> Non
     teachers = fleet.engines.calls.index((TEACHER, "resume weights"))
     assert order.index("continue") < teachers
     assert fleet.engines.calls[teachers - 1] == (STUDENT, "continue")
+
+
+def test_the_trainer_frees_its_memory_before_the_cache_comes(fleet: Fleet) -> None:
+    fleet.sleep.sleep()
+    fleet.wake(1)
+    place = fleet.engines.calls.index((STUDENT, "resume kv_cache"))
+    assert fleet.engines.calls[place - 1] == (TRAINER, "free")
+    assert fleet.calls(TRAINER) == ["free"]
 
 
 def test_an_update_of_engines_that_are_awake(fleet: Fleet) -> None:

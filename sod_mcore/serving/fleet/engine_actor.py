@@ -80,7 +80,7 @@ class EngineActor:
                 f"{order.place.name} engine {order.place.index}",
                 command,
                 environment=launch.engine_environment(
-                    order.engine, order.place, without_ray(os.environ)
+                    order.serving, order.engine, order.place, without_ray(os.environ)
                 ),
                 log_path=order.log_path,
             )

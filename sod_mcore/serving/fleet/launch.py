@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from sod_mcore.config import ConfigError, EngineConfig, ServingConfig
+from sod_mcore.config.serving import MAIN_MODELS
 from sod_mcore.serving.fleet.model_folder import ModelFolder
 
 CPU_BRIDGE = Path(__file__).parents[2] / "platform" / "sglang_cpu"
@@ -20,6 +21,7 @@ CPU_RUNNING_REQUESTS = 128
 CPU_CACHE_BYTES = 2**30
 """Key-value cache of an engine without a GPU, unless configured. SGLang's own choice is a share of
 the machine's memory, which several engines and a trainer on one machine do not have."""
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 TRAINER_GPU = 0
 """Rank 0's on its machine; the other ranks have the next ones."""
 
@@ -113,30 +115,21 @@ def _sleep_arguments(serving: ServingConfig, place: EnginePlace) -> list[str]:
 
 
 def engine_environment(
+    serving: ServingConfig,
     engine: EngineConfig,
     place: EnginePlace,
     inherited: Mapping[str, str] = os.environ,
-    *,
-    sleeps: bool = False,
-    reads_trainer: bool = False,
 ) -> dict[str, str]:
-    """The environment of one engine, from that of the process that starts it.
-
-    Args:
-        sleeps: whether it is colocated.
-        reads_trainer: whether it gets handles of memory on rank 0's GPU, and so must see it. That
-            comes after its own ones, of which SGLang takes the first.
-    """
+    """The environment of one engine, from that of the process that starts it."""
     environment = dict(inherited, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    if sleeps:
+    if serving.placement == "colocated":
         # SGLang's memory saver refuses expandable segments, which the trainer may be set to use.
         environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
         environment.pop("PYTORCH_ALLOC_CONF", None)
     if place.device == "cuda":
         if engine.gpus:
-            own = engine_gpus(engine, place.index)
-            visible = dict.fromkeys((*own, TRAINER_GPU) if reads_trainer else own)
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, visible))
+            visible = _visible_gpus(serving, engine, place)
+            environment[VISIBLE_GPUS] = ",".join(map(str, visible))
         return environment
     python_path = [str(CPU_BRIDGE), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, python_path))
@@ -144,6 +137,17 @@ def engine_environment(
     environment["SGLANG_CPU_FORK"] = "1"
     environment["OMP_NUM_THREADS"] = str(engine.threads)
     return environment
+
+
+def _visible_gpus(
+    serving: ServingConfig, engine: EngineConfig, place: EnginePlace
+) -> tuple[int, ...]:
+    """The engine's own GPUs, and after them rank 0's where it reads weights from that one: SGLang
+    takes the first ones."""
+    own = engine_gpus(engine, place.index)
+    may_change = place.name in MAIN_MODELS
+    reads_trainer = serving.weight_sync == "cuda_ipc" and may_change and TRAINER_GPU not in own
+    return (*own, TRAINER_GPU) if reads_trainer else own
 
 
 def num_gpus(engine: EngineConfig, index: int) -> int:

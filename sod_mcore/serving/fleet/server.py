@@ -44,6 +44,7 @@ class ServerSpec:
         role: "engine" or "router".
         place: starts its processes.
         log_path: has their output.
+        visible_gpus: CUDA_VISIBLE_DEVICES of an engine; None where it is not known, or all are.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ServerSpec:
     role: Role
     place: Place
     log_path: Path
+    visible_gpus: str | None = None
 
 
 class Server:
@@ -236,7 +238,8 @@ class Server:
 
     def _record(self, state: Condition) -> None:
         spec = self.spec
-        self._states.record(spec.name, spec.model, spec.role, self.url, state, self._restarts)
+        process = (spec.name, spec.model, spec.role, self.url)
+        self._states.record(*process, state, self._restarts, visible_gpus=spec.visible_gpus)
 
 
 async def until_ready(url: str, process: Running | None = None) -> bool:

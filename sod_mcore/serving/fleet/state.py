@@ -37,6 +37,7 @@ class ServerState:
             up" died too often, and the fleet ends.
         restarts: how often it was started again.
         changed_at: Unix time in seconds of the last change.
+        visible_gpus: CUDA_VISIBLE_DEVICES of an engine; None where it is not known, or all are.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ServerState:
     state: Condition
     restarts: int
     changed_at: float
+    visible_gpus: str | None = None
 
     @property
     def incarnation(self) -> int:
@@ -130,11 +132,21 @@ class FleetStateFile:
         self._servers: dict[str, ServerState] = {}
 
     def record(
-        self, name: str, model: str, role: Role, url: str, state: Condition, restarts: int
+        self,
+        name: str,
+        model: str,
+        role: Role,
+        url: str,
+        state: Condition,
+        restarts: int,
+        *,
+        visible_gpus: str | None = None,
     ) -> None:
         """Write what has become of one process."""
         now = time.time()
-        self._servers[name] = ServerState(name, model, role, url, state, restarts, now)
+        self._servers[name] = ServerState(
+            name, model, role, url, state, restarts, now, visible_gpus
+        )
         servers = sorted(self._servers.values(), key=lambda server: server.name)
         write_text(self._path, json.dumps(asdict(FleetState(tuple(servers))), indent=2))
 

@@ -203,24 +203,24 @@ class Fleet:
     def _engine(self, name: str, engine: EngineConfig, folder: ModelFolder, index: int) -> Server:
         place = launch.EnginePlace(name, index, self._device)
         log_path = self._log_path(f"{name}_engine_{index}")
+        visible_gpus = None
         if self._nodes is not None:
             start_at: Place = self._nodes.place(engine, folder, place, log_path)
         else:
+            environment = launch.engine_environment(self._serving, engine, place)
+            visible_gpus = environment.get(launch.VISIBLE_GPUS)
             start_at = LocalPlace(
                 f"{name}_engine_{index}",
                 host=self._serving.host,
                 command=partial(launch.engine_command, self._serving, engine, folder, place),
-                environment=launch.engine_environment(
-                    engine,
-                    place,
-                    sleeps=self._is_colocated,
-                    reads_trainer=self._serving.weight_sync == "cuda_ipc",
-                ),
+                environment=environment,
                 log_path=log_path,
                 children=self.children,
                 say=self._say,
             )
-        spec = ServerSpec(f"{name}_engine_{index}", name, "engine", start_at, log_path)
+        spec = ServerSpec(
+            f"{name}_engine_{index}", name, "engine", start_at, log_path, visible_gpus
+        )
         return self._server(spec)
 
     async def _start_router(self, name: str, engine_urls: Sequence[str]) -> str:

@@ -28,14 +28,30 @@ CHUNK_BYTES = 3 << 20
 """Encoded at a time; divisible by 3, so that the pieces of base64 join without padding."""
 
 _Fields = Mapping[str, bool | str]
-_MORE_TO_COME: _Fields = {"flush_cache": False}
 
 
 class TensorEncoding(Protocol):
-    """What stands for the tensors of a bucket in a request."""
+    """What stands for the tensors of a bucket in a request.
+
+    Attributes:
+        load_format: SGLang's name for it; None for a list of tensors.
+    """
+
+    load_format: str | None
+
+    def check(self, receivers: Sequence[Receiver]) -> None:
+        """Refuse engines that cannot read it.
+
+        Raises:
+            WeightUpdateError: names the engine, and the mend.
+        """
 
     def payloads(self, bucket: Bucket, readers: int) -> Sequence[bytes]:
-        """A pickle of the bucket for each of so many readers: every rank of every engine."""
+        """A pickle of the bucket for each of so many readers: every rank of every engine.
+
+        Raises:
+            WeightUpdateError: it cannot be made.
+        """
 
     def release(self) -> None:
         """Let go of the bucket: each reader has answered, or the update has failed."""
@@ -43,6 +59,11 @@ class TensorEncoding(Protocol):
 
 class ByValue:
     """The numbers themselves, so that a reader may be anywhere."""
+
+    load_format: str | None = None
+
+    def check(self, receivers: Sequence[Receiver]) -> None:
+        """Every engine reads numbers."""
 
     def payloads(self, bucket: Bucket, readers: int) -> Sequence[bytes]:
         """One pickle, for all of them."""
@@ -80,33 +101,49 @@ class TensorTransfer:
             WeightUpdateError: a tensor does not fit the engine, or one is missing at the end.
         """
         receivers = await open_receivers(client, endpoints.engines)
+        self.encoding.check(receivers)
         for bucket in checked_buckets(self.buckets, engine_shapes(endpoints)):
             await self._send_bucket(client, receivers, bucket)
         # An empty bucket closes the update: only now has an engine the whole of the new version.
         last: _Fields = {"flush_cache": flush_cache, "weight_version": str(version)}
-        await self._send_bucket(client, receivers, [], last)
+        nothing = [pickle.dumps([])] * _number_of_ranks(receivers)
+        await _post_payloads(client, receivers, last, nothing)
         await close_receivers(client, receivers)
 
     async def _send_bucket(
-        self,
-        client: EngineClient,
-        receivers: Sequence[Receiver],
-        bucket: Bucket,
-        fields: _Fields = _MORE_TO_COME,
+        self, client: EngineClient, receivers: Sequence[Receiver], bucket: Bucket
     ) -> None:
-        payloads = iter(self.encoding.payloads(bucket, sum(each.ranks for each in receivers)))
-        bodies = [
-            _request_body(fields, list(islice(payloads, receiver.ranks))) for receiver in receivers
-        ]
+        fields: dict[str, bool | str] = {"flush_cache": False}
+        if self.encoding.load_format is not None:
+            fields["load_format"] = self.encoding.load_format
         try:
-            await asyncio.gather(
-                *(
-                    client.post_stream(f"{receiver.url}/update_weights_from_tensor", body)
-                    for receiver, body in zip(receivers, bodies, strict=True)
-                )
-            )
+            payloads = self.encoding.payloads(bucket, _number_of_ranks(receivers))
+            await _post_payloads(client, receivers, fields, payloads)
         finally:
             self.encoding.release()
+
+
+async def _post_payloads(
+    client: EngineClient,
+    receivers: Sequence[Receiver],
+    fields: _Fields,
+    payloads: Sequence[bytes],
+) -> None:
+    """Give every engine the payloads of its ranks, all at once."""
+    rest = iter(payloads)
+    await asyncio.gather(
+        *(
+            client.post_stream(
+                f"{receiver.url}/update_weights_from_tensor",
+                _request_body(fields, list(islice(rest, receiver.ranks))),
+            )
+            for receiver in receivers
+        )
+    )
+
+
+def _number_of_ranks(receivers: Sequence[Receiver]) -> int:
+    return sum(receiver.ranks for receiver in receivers)
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:

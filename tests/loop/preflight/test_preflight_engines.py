@@ -78,6 +78,24 @@ def test_memory_that_engines_cannot_read(tree: dict[str, Any]) -> None:
     assert problem(tree).startswith("serving.weight_sync is cuda_ipc, but the engines run on CPUs")
 
 
+def test_engines_that_cannot_read_the_trainers_memory(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree["serving"] |= {"weight_sync": "cuda_ipc", "device": "cuda"}
+    config = TypeAdapter(SodConfig).validate_python(tree)
+    assert config.serving is not None
+    models = {
+        name: ModelEndpoints(name, "", (), engine.model_path, 30000, 300)
+        for name, engine in config.serving.models.items()
+    }
+    elsewhere = Endpoints("", models, 1, 1, "node7")
+    monkeypatch.setattr(preflight, "live_endpoints", lambda config: elsewhere)
+    monkeypatch.setattr(preflight, "weight_versions", lambda *arguments: (0,))
+    monkeypatch.setattr(preflight, "engine_shapes", lambda endpoints: {})
+    with pytest.raises(ConfigError, match="weight_sync is cuda_ipc, but the engines run on node7"):
+        preflight.check_engines(config, read_run_prompts(config))
+
+
 @pytest.mark.parametrize("address", ["10.0.0.5:30000", "http://10.0.0.5", "engine", "http://a:b"])
 def test_addresses_that_are_none(tree: dict[str, Any], address: str) -> None:
     tree["serving"]["student"]["addresses"] = [address]

@@ -78,7 +78,7 @@ def test_gpus_are_shared_evenly(tmp_path: Path) -> None:
     engine = EngineConfig(model_path=str(tmp_path), engines=2, gpus=(2, 3, 6, 7))
     for index, expected in enumerate(["2,3", "6,7"]):
         place = EnginePlace("student", index, "cuda")
-        environment = launch.engine_environment(engine, place)
+        environment = launch.engine_environment(ServingConfig(student=engine), engine, place)
         assert environment["CUDA_VISIBLE_DEVICES"] == expected
         arguments = command(tmp_path, place, engines=2, gpus=(2, 3, 6, 7))
         assert value(arguments, "--tp-size") == "2"
@@ -87,16 +87,25 @@ def test_gpus_are_shared_evenly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "expected"), [((2, 3), "2,3,0"), ((0, 1), "0,1"), ((), "all of them")]
+    ("name", "weight_sync", "gpus", "expected"),
+    [
+        ("student", "cuda_ipc", (2, 3), "2,3,0"),
+        ("student", "cuda_ipc", (0, 1), "0,1"),
+        ("student", "cuda_ipc", (), None),
+        ("student", "disk", (2, 3), "2,3"),
+        ("teacher", "cuda_ipc", (2,), "2,0"),
+        ("coder", "cuda_ipc", (2,), "2"),
+    ],
 )
-def test_an_engine_that_reads_the_trainers_gpu_sees_it(
-    tmp_path: Path, gpus: tuple[int, ...], expected: str
+def test_engines_that_read_rank_zeros_gpu_see_it(
+    tmp_path: Path, name: str, weight_sync: Any, gpus: tuple[int, ...], expected: str | None
 ) -> None:
-    """After its own GPUs, of which SGLang takes as many as --tp-size says."""
-    engine = EngineConfig(model_path=str(tmp_path), gpus=gpus)
-    place = EnginePlace("student", 0, "cuda")
-    environment = launch.engine_environment(engine, place, {}, reads_trainer=True)
-    assert environment.get("CUDA_VISIBLE_DEVICES", "all of them") == expected
+    """After their own GPUs, of which SGLang takes as many as --tp-size says. A teacher may be an
+    average; further ones never get weights."""
+    engine, place = EngineConfig(model_path=str(tmp_path), gpus=gpus), EnginePlace(name, 0, "cuda")
+    serving = ServingConfig(student=engine, weight_sync=weight_sync)
+    environment = launch.engine_environment(serving, engine, place, {})
+    assert environment.get("CUDA_VISIBLE_DEVICES") == expected
     arguments = command(tmp_path, place, gpus=gpus)
     assert value(arguments, "--tp-size") == str(len(gpus) or 1)
 
@@ -113,10 +122,11 @@ def test_the_share_of_a_gpus_memory(tmp_path: Path) -> None:
 
 def test_the_bridge_is_on_the_path_only_without_a_gpu(tmp_path: Path) -> None:
     engine = EngineConfig(model_path=str(tmp_path), threads=3)
-    cpu = launch.engine_environment(engine, EnginePlace("student", 0, "cpu"))
+    serving = ServingConfig(student=engine)
+    cpu = launch.engine_environment(serving, engine, EnginePlace("student", 0, "cpu"))
     assert cpu["PYTHONPATH"].startswith(str(launch.CPU_BRIDGE))
     assert cpu["OMP_NUM_THREADS"] == "3"
-    cuda = launch.engine_environment(engine, EnginePlace("student", 0, "cuda"))
+    cuda = launch.engine_environment(serving, engine, EnginePlace("student", 0, "cuda"))
     assert str(launch.CPU_BRIDGE) not in cuda.get("PYTHONPATH", "")
 
 
@@ -148,9 +158,10 @@ def test_engines_that_sleep_have_no_expandable_segments(
 ) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     engine, place = EngineConfig(model_path=str(tmp_path)), EnginePlace("student", 0, "cuda")
-    for sleeps in (False, True):
-        environment = launch.engine_environment(engine, place, sleeps=sleeps)
-        assert ("PYTORCH_CUDA_ALLOC_CONF" in environment) == (not sleeps)
+    for placement in ("split", "colocated"):
+        serving = ServingConfig(student=engine, placement=placement)
+        environment = launch.engine_environment(serving, engine, place)
+        assert ("PYTORCH_CUDA_ALLOC_CONF" in environment) == (placement == "split")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -27,7 +28,8 @@ from sod_mcore.serving.endpoints import (
     write_endpoints,
 )
 from sod_mcore.serving.fleet.launch import free_port
-from tests.serving.processes import Process, descendants, wait_until_gone
+from sod_mcore.serving.fleet.state import read_fleet_state
+from tests.serving.processes import Process, descendants, leader_at, wait_until_gone
 
 REPOSITORY = Path(__file__).parents[3]
 SECONDS = 60.0
@@ -151,6 +153,20 @@ def test_serves_until_stopped(setup: Setup) -> None:
     assert not wait_until_gone(family, 0)
     with pytest.raises(FleetError, match="does not exist"):
         read_endpoints(setup.directory)
+
+
+def test_which_gpus_engines_see_is_on_record(setup: Setup) -> None:
+    """For a trainer whose memory they are to read."""
+    on_gpus = ("serving.device=cuda", "serving.student.gpus=[1,2]", "serving.teacher.gpus=[0]")
+    with setup.serve(overrides=(*on_gpus, "serving.weight_sync=cuda_ipc")) as serving:
+        serving.wait_until_served()
+        servers = {server.name: server for server in read_fleet_state(setup.directory).servers}
+        for name, expected in {"student_engine_0": "1,0", "student_engine_1": "2,0"}.items():
+            leader = leader_at(serving.process.pid, servers[name].url)
+            environment = psutil.Process(leader).environ()
+            assert servers[name].visible_gpus == environment["CUDA_VISIBLE_DEVICES"] == expected
+        assert servers["teacher_engine_0"].visible_gpus == "0"
+        assert servers["student_router"].visible_gpus is None
 
 
 def test_nothing_survives_a_kill(setup: Setup) -> None:
