@@ -41,7 +41,7 @@ KILLED_IN = 1
 REPLACED_SECONDS = 120.0
 """Longest time from the death of an actor until another has begun in its place."""
 GONE_SECONDS = 30.0
-PLAYED_SECONDS = 3.0
+PLAYED_SECONDS = 1.0
 """After them a rollout is under way, and far from its end."""
 
 Record = Callable[[str, object], None]
