@@ -3,7 +3,8 @@
 Called with the command lines of ``serving/fleet/launch.py``. An engine's scores depend on the
 file ``weights`` in its model's folder and on the ids, so that mixed-up models are noticed. Other
 files there change its behaviour: ``die_at_start``, ``port_taken`` (the first start finds its port
-in use), ``die_later``, ``never_ready``, ``ignores_sigterm``; and how it scores: ``unsteady``,
+in use), ``port_taken_stays`` (and does not end, as SGLang where the other one does not answer),
+``die_later``, ``never_ready``, ``ignores_sigterm``; and how it scores: ``unsteady``,
 ``heeds_temperature``, ``shifted`` (unless it scores from the first token on).
 """
 
@@ -32,9 +33,13 @@ def run_engine(arguments: list[str]) -> None:
     folder = Path(options.model_path)
     if (folder / "die_at_start").exists():
         sys.exit("not enough memory for this model")
-    if (folder / "port_taken").exists():
-        (folder / "port_taken").unlink()
-        sys.exit("[Errno 98] error while attempting to bind on address: address already in use")
+    for name in ("port_taken", "port_taken_stays"):
+        if (folder / name).exists():
+            (folder / name).unlink()
+            print("[Errno 98] error while attempting to bind on address: address already in use")
+            sys.stdout.flush()
+            time.sleep(600 if name == "port_taken_stays" else 0)
+            sys.exit(1)
     # As SGLang has its scheduler: a child in the same process group.
     scheduler = multiprocessing.Process(target=time.sleep, args=(600,), daemon=True)
     scheduler.start()

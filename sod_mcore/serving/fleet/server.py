@@ -105,8 +105,8 @@ class Server:
             if await until_ready(self.url + READY_PATHS[self.spec.role], process):
                 self._record("ready")
                 return self.url
-            if attempt == START_ATTEMPTS or not PORT_LOST.search(process.log_tail(lines=100)):
-                raise FleetError(f"{self.spec.name} {process.end}; {self._last_lines(process)}")
+            if attempt == START_ATTEMPTS or not has_lost_port(process):
+                raise FleetError(f"{self.spec.name} {_why(process)}; {self._last_lines(process)}")
             self._say(f"{self.spec.name}: {self.url} was taken; starting again on another port")
             await process.kill()
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -221,7 +221,7 @@ class Server:
             return str(error)
         except TimeoutError:
             return f"was not ready within serving.start_timeout_seconds={timeout:g}"
-        return None if is_ready else str(process.end)
+        return None if is_ready else _why(process)
 
     async def _start_process(self, *, anew: bool) -> Running:
         self._process = await self.spec.place.start(anew=anew)
@@ -242,10 +242,23 @@ class Server:
         self._states.record(*process, state, self._restarts, visible_gpus=spec.visible_gpus)
 
 
+def has_lost_port(process: Running) -> bool:
+    """Whether somebody else had the port when the process wanted it.
+
+    An engine need not end then: the warm-up of SGLang 0.5.23 waits for an answer of whoever has it.
+    """
+    return PORT_LOST.search(process.log_tail(lines=100)) is not None
+
+
+def _why(process: Running) -> str:
+    """Why a process was not ready."""
+    return process.end or "found its port taken"
+
+
 async def until_ready(url: str, process: Running | None = None) -> bool:
-    """Wait until ``url`` answers 200; False if ``process`` ends before."""
+    """Wait until ``url`` answers 200; False if ``process`` ends before, or has lost its port."""
     async with aiohttp.ClientSession() as session:
-        while process is None or process.end is None:
+        while process is None or not (process.end or has_lost_port(process)):
             if await answer_status(session, url, 30.0) == 200:
                 return True
             await asyncio.sleep(POLL_SECONDS)

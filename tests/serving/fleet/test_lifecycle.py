@@ -262,8 +262,9 @@ def test_an_engine_that_dies_at_the_start(setup: Setup) -> None:
     assert not endpoints_path(setup.directory).exists()
 
 
-def test_a_lost_port_is_replaced(setup: Setup) -> None:
-    (setup.model("teacher") / "port_taken").touch()
+@pytest.mark.parametrize("name", ["port_taken", "port_taken_stays"])
+def test_a_lost_port_is_replaced(setup: Setup, name: str) -> None:
+    (setup.model("teacher") / name).touch()
     with setup.serve("true") as serving:
         assert serving.wait() == 0
     assert "starting again on another" in serving.text()

@@ -275,4 +275,5 @@ def test_the_state_is_valid_json_for_other_programs(tmp_path: Path) -> None:
     FleetStateFile(tmp_path).record("e", "student", "engine", "http://a", "starting", 0)
     (server,) = json.loads(state_path(tmp_path).read_text())["servers"]
     assert server["state"] == "starting"
-    assert set(server) == {"name", "model", "role", "url", "state", "restarts", "changed_at"}
+    names = {"name", "model", "role", "url", "state", "restarts", "changed_at", "visible_gpus"}
+    assert set(server) == names
