@@ -14,7 +14,8 @@ import pytest
 
 from sod_mcore.trajectory import RecordedBatch, recorded_batch_path
 from tests.end_to_end.conftest import colocated_configuration
-from tests.end_to_end.programs import metrics, run, torchrun, write_config
+from tests.end_to_end.programs import TEACHER, metrics, run, torchrun, write_config
+from tests.end_to_end.test_teachers import ANSWER_KNOWN, response_logprobs, told_prompt
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -23,13 +24,22 @@ ONE_TOKEN = 1e-6
 """A nucleus of the likeliest token alone: the rollouts are the same whenever they are played."""
 PLACEMENTS = ("colocated", "split")
 """In this order on the same engines, which the first run has to leave awake."""
+TEACHERS = ("served", "average")
+"""Whose weights it has. An average is sent to its engines when they wake; and in that run, a Ray of
+its own plays the conversations."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Two runs on one fleet."""
+    """Two runs on one fleet.
+
+    Attributes:
+        folder: of both.
+        teacher: ``teacher.weights`` of both.
+    """
 
     folder: Path
+    teacher: str
 
     def lines(self, placement: str) -> list[dict[str, Any]]:
         return metrics(self.folder / placement)
@@ -39,11 +49,16 @@ class Runs:
         return RecordedBatch.load(recorded_batch_path(folder, step))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+@pytest.fixture(scope="module", params=TEACHERS)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("colocated")
     tree = colocated_configuration(folder)
     tree["rollout"] |= {"top_p": ONE_TOKEN}
+    if request.param == "average":
+        tree["teacher"] = {"weights": "average", "average_decay": 0.5, **ANSWER_KNOWN}
+        tree["serving"]["teacher"]["model_path"] = tree["student"]["model_path"]
+        on_ray = {"pool": "ray", "ray_address": None, "ray_actors": 1, "ray_actor_cpus": 1}
+        tree["rollout"] |= on_ray
     tree["report"]["trace_every"] = 1
     commands = []
     for placement in PLACEMENTS:
@@ -58,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     script = f"{commands[0]} && {check} && {commands[1]} && {check}"
     serve = [sys.executable, "-m", "sod_mcore.serving", str(folder / "colocated.yaml")]
     run([*serve, "--", "sh", "-c", script], timeout_seconds=600)
-    return Runs(folder)
+    return Runs(folder, request.param)
 
 
 @pytest.mark.parametrize("step", range(STEPS))
@@ -88,6 +103,20 @@ def test_nothing_was_lost(runs: Runs) -> None:
         assert line["serving/restarts"] == 0
         for model in ("student", "teacher"):
             assert line[f"serving/{model}/retries"] == 0
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_the_teacher_scores_with_the_weights_of_its_step(runs: Runs, step: int) -> None:
+    """An average begins as the student."""
+    average = runs.folder / "colocated" / "weights" / f"average_{step:06d}"
+    for trajectory in runs.batch("colocated", step).trajectories[:4]:
+        prompt, folder = trajectory.token_ids[: trajectory.prompt_length], TEACHER
+        if runs.teacher == "average":
+            prompt = told_prompt(runs.folder / "data" / "train.parquet", trajectory)
+            folder = average if step else runs.folder / "student"
+        expected = response_logprobs(folder, prompt, trajectory)
+        scored = trajectory.teacher_logprobs[trajectory.prompt_length :]
+        np.testing.assert_allclose(scored, expected, atol=1e-4)
 
 
 def test_the_timeline_tells_when_they_slept(runs: Runs) -> None:

@@ -113,9 +113,9 @@ def response_logprobs(folder: Path, prompt: np.ndarray, trajectory: Trajectory) 
     return picked[len(prompt) - 1 :]
 
 
-def told_prompt(runs: TeacherRuns, trajectory: Trajectory) -> np.ndarray:
+def told_prompt(file: Path, trajectory: Trajectory) -> np.ndarray:
     """The teacher's prompt, from the data file."""
-    prompts = {prompt.prompt_id: prompt for prompt in read_prompts(runs.prompts)}
+    prompts = {prompt.prompt_id: prompt for prompt in read_prompts(file)}
     prompt = prompts[trajectory.group_id]
     messages = teacher_messages(TOLD, prompt)
     assert str(messages[-1]["content"]).endswith(f" The answer is {prompt.ground_truth}.")
@@ -127,7 +127,7 @@ def test_the_average_scores_behind_the_prompt_with_the_answer(runs: TeacherRuns,
     average = runs.folder / "averaged" / "weights" / f"average_{step:06d}"
     folder = average if step else runs.student
     for trajectory in runs.batch("averaged", step).trajectories[:4]:
-        expected = response_logprobs(folder, told_prompt(runs, trajectory), trajectory)
+        expected = response_logprobs(folder, told_prompt(runs.prompts, trajectory), trajectory)
         scored = trajectory.teacher_logprobs[trajectory.prompt_length :]
         np.testing.assert_allclose(scored, expected, atol=1e-4)
 
@@ -175,7 +175,7 @@ def test_all_trained(runs: TeacherRuns) -> None:
 def test_live_weights_score_behind_the_prompt_with_the_answer(runs: TeacherRuns) -> None:
     current = runs.folder / "live" / "weights" / "version_000001"
     for trajectory in runs.batch("live", 1).trajectories[:4]:
-        expected = response_logprobs(current, told_prompt(runs, trajectory), trajectory)
+        expected = response_logprobs(current, told_prompt(runs.prompts, trajectory), trajectory)
         scored = trajectory.teacher_logprobs[trajectory.prompt_length :]
         np.testing.assert_allclose(scored, expected, atol=1e-4)
 

@@ -5,30 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from examples.arithmetic.command_line import RECIPE
-from examples.arithmetic.make_data import write_data
-from examples.arithmetic.settings import ArithmeticSettings
-from sod_mcore.config_file import load_config
 from sod_mcore.evaluation.__main__ import main
-from tests.end_to_end.programs import REPOSITORY, TEACHER, environment, run, write_config
-from tests.serving.conftest import sglang_python
+from tests.end_to_end.programs import REPOSITORY, environment, run, write_config
+from tests.evaluation.teacher_settings import PROBLEMS, command, samples, settings
 from tests.serving.processes import descendants, wait_until_gone
 
-PROBLEMS, SAMPLES = 16, 2
-SMALL_DATA = (
-    "data.train_prompts=1",
-    f"data.eval_prompts={PROBLEMS}",
-    "data.copy_rows=1",
-    "data.teacher.conversations=1",
-    "data.student.conversations=1",
-)
+SAMPLES = 2
 DEADLINE_SECONDS = 240.0
 
 
@@ -36,29 +24,9 @@ DEADLINE_SECONDS = 240.0
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Settings of an evaluation whose chunks are single problems."""
     folder = tmp_path_factory.mktemp("evaluation")
-    (folder / "data").mkdir()
-    write_data(folder / "data", load_config(ArithmeticSettings, RECIPE, SMALL_DATA).data)
-    tree: dict[str, Any] = {
-        "evaluation": {
-            "data": str(folder / "data" / "eval.parquet"),
-            "output": str(folder / "output"),
-            "samples": SAMPLES,
-            "top_p": 1.0,
-            "chunk_trajectories": SAMPLES,
-            "max_prompt_tokens": 128,
-        },
-        "serving": {
-            "python": sglang_python(),
-            "student": {
-                "model_path": str(TEACHER),
-                "dtype": "float32",
-                "context_length": 512,
-            },
-        },
-        "rollout": {"max_turns": 6, "max_response_tokens": 256, "max_turn_tokens": 32},
-        "tools": {"workers": 4},
-        "report": {"wandb": "offline"},
-    }
+    tree = settings(folder)
+    tree["evaluation"] |= {"samples": SAMPLES, "chunk_trajectories": SAMPLES}
+    tree["report"] = {"wandb": "offline"}
     return write_config(folder / "evaluation.yaml", tree)
 
 
@@ -85,16 +53,6 @@ def killed(config: Path) -> list[dict[str, Any]]:
 def finished(config: Path, killed: list[dict[str, Any]]) -> str:
     """What the same command printed when it was given again."""
     return run(command(config), timeout_seconds=2 * DEADLINE_SECONDS).stdout
-
-
-def command(config: Path) -> list[str]:
-    return [sys.executable, "-m", "sod_mcore.evaluation", str(config)]
-
-
-def samples(config: Path) -> list[dict[str, Any]]:
-    file = config.parent / "output" / "samples.jsonl"
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def test_the_kill_came_in_the_middle(killed: list[dict[str, Any]]) -> None:
