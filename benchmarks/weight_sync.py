@@ -34,13 +34,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.shared_memory_transfer import SharedMemoryTransfer
 from sod_mcore.serving.endpoints import Endpoints, endpoints_path, read_endpoints
-from sod_mcore.serving.weights.cuda_handles import ByCudaHandle
 from sod_mcore.serving.weights.disk_transfer import DiskTransfer
-from sod_mcore.serving.weights.distributed_transfer import DistributedTransfer
 from sod_mcore.serving.weights.kept_groups import KeptGroups
-from sod_mcore.serving.weights.tensor_transfer import TensorTransfer
 from sod_mcore.serving.weights.transfer import WeightTransfer
 from sod_mcore.serving.weights.update import update_weights
+from sod_mcore.serving.weights.ways import tensor_transfer
 from sod_mcore.student.conversion.export import NamedTensors
 from sod_mcore.student.conversion.save import save_hf_folder
 
@@ -187,16 +185,12 @@ class Trainer:
 
     def _transfer(self, way: str) -> WeightTransfer:
         new = buckets(self.model, self.bucket_bytes)
-        if way == "tensor":
-            return TensorTransfer(new)
-        if way == "cuda_ipc":
-            return TensorTransfer(new, ByCudaHandle(self.model.device))
-        if way == "distributed":
-            return DistributedTransfer(new, self.groups)
+        if way == "disk":
+            save_hf_folder(new, self.folder / "model", self.folder / "weights")
+            return DiskTransfer(self.folder / "weights")
         if way == "shared memory":
             return SharedMemoryTransfer(new)
-        save_hf_folder(new, self.folder / "model", self.folder / "weights")
-        return DiskTransfer(self.folder / "weights")
+        return tensor_transfer(way, new, self.model.device, self.groups)
 
 
 def measure(trainer: Trainer, repetitions: int) -> dict[str, Measurement]:
