@@ -4,6 +4,7 @@ Called with the command lines of ``serving/fleet/launch.py``. An engine's scores
 file ``weights`` in its model's folder and on the ids, so that mixed-up models are noticed. Other
 files there change its behaviour: ``die_at_start``, ``port_taken`` (the first start finds its port
 in use), ``port_taken_stays`` (and does not end, as SGLang where the other one does not answer),
+``inner_port_taken`` (a port that is not the one on which it listens),
 ``die_later``, ``never_ready``, ``ignores_sigterm``; and how it scores: ``unsteady``,
 ``heeds_temperature``, ``shifted`` (unless it scores from the first token on).
 """
@@ -36,10 +37,14 @@ def run_engine(arguments: list[str]) -> None:
     for name in ("port_taken", "port_taken_stays"):
         if (folder / name).exists():
             (folder / name).unlink()
-            print("[Errno 98] error while attempting to bind on address: address already in use")
-            sys.stdout.flush()
+            address = (options.host, int(options.port))
+            print(f"[Errno 98] attempting to bind on {address}: address already in use", flush=True)
             time.sleep(600 if name == "port_taken_stays" else 0)
             sys.exit(1)
+    if (folder / "inner_port_taken").exists():
+        print("Port 8998 is already in use, trying port 8999", flush=True)
+        print("[Errno 98] ('127.0.0.1', 8998): address already in use", flush=True)
+        time.sleep(2)  # not ready at once
     # As SGLang has its scheduler: a child in the same process group.
     scheduler = multiprocessing.Process(target=time.sleep, args=(600,), daemon=True)
     scheduler.start()

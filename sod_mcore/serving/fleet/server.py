@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -26,6 +27,8 @@ from sod_mcore.serving.fleet.state import Condition, FleetStateFile, Role
 START_ATTEMPTS = 3
 """First starts of one process whose port was taken by somebody else in the meantime."""
 PORT_LOST = re.compile(r"address already in use|port is already in use", re.IGNORECASE)
+ADDRESS_LOST = "address already in use"
+"""The end of what a server says that cannot listen."""
 READY_PATHS: Mapping[Role, str] = {"engine": "/health", "router": "/readiness"}
 SIGN_OF_LIFE = "/server_info"
 QUESTIONS = 4
@@ -246,8 +249,14 @@ def has_lost_port(process: Running) -> bool:
     """Whether somebody else had the port when the process wanted it.
 
     An engine need not end then: the warm-up of SGLang 0.5.23 waits for an answer of whoever has it.
+    While it lives, only an error about its own port counts: it may have found another one for what
+    it does inside.
     """
-    return PORT_LOST.search(process.log_tail(lines=100)) is not None
+    lines = process.log_tail(lines=100).splitlines()
+    if process.end is not None:
+        return any(PORT_LOST.search(line) for line in lines)
+    port = re.compile(rf"\b{urlsplit(process.url).port}\b")
+    return any(ADDRESS_LOST in line and port.search(line) for line in lines)
 
 
 def _why(process: Running) -> str:

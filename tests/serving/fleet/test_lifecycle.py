@@ -270,6 +270,13 @@ def test_a_lost_port_is_replaced(setup: Setup, name: str) -> None:
     assert "starting again on another" in serving.text()
 
 
+def test_a_port_that_an_engine_wants_inside_is_its_own_affair(setup: Setup) -> None:
+    (setup.model("teacher") / "inner_port_taken").touch()
+    with setup.serve("true") as serving:
+        assert serving.wait() == 0
+    assert "starting again" not in serving.text()
+
+
 def test_an_engine_that_is_never_ready(setup: Setup) -> None:
     (setup.model("teacher") / "never_ready").touch()
     with setup.serve(overrides=("serving.start_timeout_seconds=3",)) as serving:
